@@ -1,0 +1,106 @@
+// A host stand-in for one GPU: what the twin's arch/ headers are built on. Every CUDA thread is a fiber of one host thread, so that a
+// kernel runs deterministically for a given seed, in any interleaving that the programming model allows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace twin {
+
+constexpr int kLanes = 32;
+
+// The place in the kernel's sources that called into the twin; arch functions take it as a defaulted last argument.
+struct Where {
+  const char* file;
+  int line;
+  constexpr Where(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
+};
+
+// Stops the launch; the message reaches Python with the thread and `where` in front.
+[[noreturn]] void fail(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+int block_index();
+int thread_index();
+
+// ---- meetings of threads ------------------------------------------------------------------------------------------------------------
+
+// Waits for all lanes of the warp at the same line; the lane that arrives last calls `complete` on what each lane brought.
+void meet(const char* verb, void* mine, void (*complete)(void* const* lanes), Where where);
+
+template <typename Operands, void (*complete)(Operands* const* lanes)>
+void meet(const char* verb, Operands& mine, Where where) {
+  meet(
+      verb, &mine,
+      [](void* const* erased) {
+        Operands* lanes[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<Operands*>(erased[lane]);
+        complete(lanes);
+      },
+      where);
+}
+
+void warp_barrier(Where where);
+void block_barrier(Where where);
+
+// Lets others run until *value == expected.
+void wait_until_equal(const int* value, int expected, Where where);
+
+// ---- shared memory: bounds, alignment and races are checked -------------------------------------------------------------------------
+
+// The first shared address of a block; not zero, so that a forgotten base is noticed.
+constexpr uint32_t kSharedBase = 1024;
+
+void read_shared(uint32_t address, void* to, int bytes, Where where);
+void write_shared(uint32_t address, const void* from, int bytes, Where where);
+// The same on behalf of another lane of the warp, inside a meeting.
+void read_shared_for_lane(int lane, uint32_t address, void* to, int bytes, Where where);
+
+// ---- global memory: bounds, alignment and write permission are checked --------------------------------------------------------------
+
+void read_global(const void* from, void* to, int bytes, Where where);
+void write_global(void* to, const void* from, int bytes, Where where);
+
+// ---- asynchronous copies: the bytes land at the wait that guarantees them, and are poison until then ----------------------------------
+
+// A null `from` writes zeros.
+void begin_copy(uint32_t address, const void* from, int bytes, Where where);
+void commit_copies();
+void wait_for_copies(int pending_groups);
+
+// ---- launches: the one entry point that Python calls --------------------------------------------------------------------------------
+
+struct Allocation {
+  uint64_t base;
+  uint64_t bytes;
+  uint64_t writable;
+};
+
+// Mirrored by LaunchOptions in twin.py.
+struct Launch {
+  int grid;
+  int threads;
+  int shared_bytes;
+  int resident_blocks;  // blocks that run interleaved; they start in the order of their index
+  uint64_t seed;
+  int detect_races;
+  int num_allocations;
+  const Allocation* allocations;  // what global accesses may touch
+  char* message;                  // receives the error of a failed launch
+  int message_bytes;
+};
+
+// Returns 0, or 1 with an error in launch.message.
+int run(const Launch& launch, void (*kernel)(const void* params), const void* params);
+
+template <typename Params>
+void call(void (*kernel)(Params), const void* params) {
+  kernel(*static_cast<const Params*>(params));
+}
+
+}  // namespace twin
+
+// Makes `kernel` callable from Python as `launch_<kernel>`.
+#define TWIN_EXPORT(kernel)                                                                                      \
+  extern "C" __attribute__((visibility("default"))) int launch_##kernel(const twin::Launch* launch, const void* params) { \
+    return twin::run(*launch, [](const void* bytes) { twin::call(kernel, bytes); }, params);                     \
+  }
