@@ -1,0 +1,219 @@
+"""Launches the kernels of a plan: the parameter struct of kernels_cu/params.cuh as bytes, addresses patched per call."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Mapping
+
+import numpy as np
+
+from cuflash.cuda import module
+from cuflash.device import require_cupy
+from cuflash.dropout import Dropout
+from cuflash.plan import Plan
+from cuflash.problem import View
+
+POINTER = np.uint64
+ROWS = np.dtype(
+    [("data", POINTER), ("batch_stride", np.int64), ("row_stride", np.int64), ("head_stride", np.int64)], align=True
+)
+SHAPE = np.dtype(
+    [
+        ("used_q", POINTER),
+        ("used_k", POINTER),
+        ("batch", np.int32),
+        ("num_heads", np.int32),
+        ("num_kv_heads", np.int32),
+        ("group_size", np.int32),
+        ("seqlen_q", np.int32),
+        ("seqlen_k", np.int32),
+        ("head_dim", np.int32),
+        ("head_dim_v", np.int32),
+        ("window_left", np.int32),
+        ("window_right", np.int32),
+        ("top_left", np.int32),
+        ("section_heads", np.int32),
+    ],
+    align=True,
+)
+SCORE = np.dtype(
+    [
+        ("alibi_slopes", POINTER),
+        ("sinks", POINTER),
+        ("alibi_batch_stride", np.int64),
+        ("scale", np.float32),
+        ("softcap", np.float32),
+    ],
+    align=True,
+)
+DROPOUT_KEY = np.dtype(
+    [
+        ("seed_low", np.uint32),
+        ("seed_high", np.uint32),
+        ("offset", np.uint32),
+        ("threshold", np.uint32),
+        ("scale", np.float32),
+    ],
+    align=True,
+)
+_COMMON = [("shape", SHAPE), ("score", SCORE), ("dropout", DROPOUT_KEY)]
+FORWARD_PARAMS = np.dtype([*((name, ROWS) for name in ("q", "k", "v", "out")), ("lse", POINTER), *_COMMON], align=True)
+BACKWARD_PARAMS = np.dtype(
+    [
+        *((name, ROWS) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        *((name, POINTER) for name in ("lse", "dlse", "row_lse", "row_delta", "dq_accum", "dsinks", "dq_turn")),
+        ("padded_seqlen_q", np.int32),
+        *_COMMON,
+    ],
+    align=True,
+)
+STRUCTS = {
+    "Rows": ROWS,
+    "Shape": SHAPE,
+    "Score": SCORE,
+    "DropoutKey": DROPOUT_KEY,
+    "ForwardParams": FORWARD_PARAMS,
+    "BackwardParams": BACKWARD_PARAMS,
+}
+PARAMS = {"forward": FORWARD_PARAMS, "backward": BACKWARD_PARAMS}
+OPERANDS_IN_STRUCTS = {
+    "seqused_q": ("shape", "used_q"),
+    "seqused_k": ("shape", "used_k"),
+    "alibi_slopes": ("score", "alibi_slopes"),
+    "sinks": ("score", "sinks"),
+}
+
+_put_pointer = struct.Struct("<Q").pack_into
+_put_rows = struct.Struct("<Qqqq").pack_into
+_put_seed = struct.Struct("<QI").pack_into  # seed_low and seed_high are the halves of a little-endian 64-bit seed
+
+
+def constants(plan: Plan) -> bytes:
+    """Return the parameter struct of a plan without addresses, strides and seed: those belong to a call."""
+    problem, layout, mask = plan.problem, plan.problem.layout, plan.problem.mask
+    params = np.zeros((), PARAMS[plan.pass_])
+    for name, value in {
+        "batch": layout.batch,
+        "num_heads": problem.num_heads,
+        "num_kv_heads": problem.num_kv_heads,
+        "group_size": problem.group_size,
+        "seqlen_q": layout.seqlen_q,
+        "seqlen_k": layout.seqlen_k,
+        "head_dim": problem.head_dim,
+        "head_dim_v": problem.head_dim_v,
+        "window_left": mask.left or 0,
+        "window_right": mask.right or 0,
+        "top_left": mask.top_left,
+        "section_heads": plan.section_heads,
+    }.items():
+        params["shape"][name] = value
+    params["score"]["alibi_batch_stride"] = problem.num_heads if problem.modifiers.alibi_per_batch else 0
+    params["score"]["scale"] = problem.softmax_scale
+    params["score"]["softcap"] = problem.modifiers.softcap
+    if problem.dropout is not None:
+        params["dropout"]["threshold"] = problem.dropout.threshold
+        params["dropout"]["scale"] = problem.dropout.scale
+    if plan.pass_ == "backward":
+        params["padded_seqlen_q"] = plan.padded_seqlen_q
+    return params.tobytes()
+
+
+class Launch:
+    """The kernels of one plan, loaded on one device; call it as often as you like, from any thread.
+
+    Making one compiles and loads what is missing. A call only patches bytes and launches, so it may be captured in a
+    CUDA graph.
+    """
+
+    def __init__(self, plan: Plan, device_index: int) -> None:
+        cuda = require_cupy().cuda
+        self._context = cuda.driver.ctxGetCurrent
+        self._bind_context = cuda.runtime.setDevice
+        self._launch_kernel = cuda.driver.launchKernel
+        self._device_index = device_index
+        self._constants = constants(plan)
+        self._offsets = _Offsets(PARAMS[plan.pass_])
+        self._workspace = _workspace_offsets(plan)
+        self._free: list[_Parameters] = []
+        self._kernels = [module.load(step.spec, device_index) for step in plan.steps]
+        self._launches = []
+        for step, kernel in zip(plan.steps, self._kernels, strict=True):
+            if step.shared_bytes:
+                attribute = cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                cuda.driver.funcSetAttribute(kernel.handle, attribute, step.shared_bytes)
+            self._launches.append((kernel.handle, step.grid, 1, 1, step.threads, 1, 1, step.shared_bytes))
+        self.workspace_floats = _workspace_floats(plan)
+
+    def __call__(self, views: Mapping[str, View], workspace: int, dropout: Dropout | None, stream: int) -> None:
+        """Launch on ``stream`` (a ``cudaStream_t``); the device is current.
+
+        ``workspace`` is the address of ``workspace_floats`` float32 values.
+        """
+        try:
+            parameters = self._free.pop()
+        except IndexError:
+            parameters = _Parameters(len(self._constants))
+        struct_bytes, offsets = parameters.bytes, self._offsets
+        struct_bytes[:] = self._constants
+        for name, offset in offsets.rows:
+            view = views[name]
+            batch_stride, row_stride, head_stride, _ = view.strides
+            _put_rows(struct_bytes, offset, view.pointer, batch_stride, row_stride, head_stride)
+        for name, offset in offsets.pointers:
+            if name in views:
+                _put_pointer(struct_bytes, offset, views[name].pointer)
+        for name, byte_offset in self._workspace:
+            _put_pointer(struct_bytes, offsets.of[name], workspace + byte_offset)
+        if dropout is not None:
+            _put_seed(struct_bytes, offsets.of["dropout"], dropout.seed, dropout.offset)
+        # A thread that has not used the CUDA runtime yet has no context, and the driver launches nothing without one.
+        if not self._context():
+            self._bind_context(self._device_index)
+        for launch in self._launches:
+            self._launch_kernel(*launch, stream, parameters.arguments, 0)
+        self._free.append(parameters)
+
+
+class _Parameters:
+    """The bytes of one parameter struct at a fixed address. A call owns one: launching releases the interpreter lock."""
+
+    __slots__ = ("_argument", "_pinned", "arguments", "bytes")
+
+    def __init__(self, size: int) -> None:
+        self.bytes = bytearray(size)
+        self._pinned = (ctypes.c_char * size).from_buffer(self.bytes)
+        self._argument = ctypes.c_void_p(ctypes.addressof(self._pinned))
+        self.arguments = ctypes.addressof(self._argument)  # kernelParams of cuLaunchKernel: one pointer to one argument
+
+
+class _Offsets:
+    """Where the addresses of operands go in a parameter struct: ``rows`` with strides, ``pointers`` alone."""
+
+    def __init__(self, params: np.dtype) -> None:
+        fields = {name: (params.fields[name][0], params.fields[name][1]) for name in params.names}
+        self.of = {name: offset for name, (_, offset) in fields.items()}
+        self.rows = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == ROWS]
+        self.pointers = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == POINTER]
+        for name, (outer, inner) in OPERANDS_IN_STRUCTS.items():
+            self.pointers.append((name, self.of[outer] + fields[outer][0].fields[inner][1]))
+
+
+WORKSPACE_ALIGNMENT = 64  # floats: 256 bytes, as of an allocation of its own
+
+
+def _padded_floats(shape: tuple[int, ...]) -> int:
+    return -(-int(np.prod(shape, dtype=np.int64)) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+
+
+def _workspace_offsets(plan: Plan) -> list[tuple[str, int]]:
+    """Byte offsets of the parts of the workspace in one allocation; every part has 4-byte items."""
+    offsets, floats = [], 0
+    for name, (shape, _) in plan.workspace.items():
+        offsets.append((name, 4 * floats))
+        floats += _padded_floats(shape)
+    return offsets
+
+
+def _workspace_floats(plan: Plan) -> int:
+    return sum(_padded_floats(shape) for shape, _ in plan.workspace.values())

@@ -1,0 +1,303 @@
+"""From a problem and a device to the kernels that solve it: sources, configurations, grids, workspace.
+
+Plans are pure values: they name memory by size and never by address, and are made and printed without a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cuflash.device import MB, DeviceInfo
+from cuflash.problem import WIDEST_LOAD, ArraySpec, Problem
+from cuflash.tiles import TileRow, row_for, rounded_head_dim
+
+ELEMENTS = {"bfloat16": "Bfloat16", "float16": "Float16"}
+ITEMSIZE = 2  # bytes of both
+BACKWARD_FLOPS = 2.5  # of a forward: five matrix products instead of two
+SINKS_THREADS = 256
+SECTION_BYTES = 32 * MB  # measured on H200: larger sections of keys and values no longer stay in L2
+SECTION_SHARE = 0.6  # of a smaller L2
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """Everything that decides a kernel's machine code: the file, the entry point, ``(name, C++ type, value)`` and the arch."""
+
+    source: str
+    entry: str
+    config: tuple[tuple[str, str, object], ...]
+    arch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One launch: a kernel, the number of thread blocks and what each of them takes."""
+
+    spec: KernelSpec
+    grid: int
+    threads: int
+    shared_bytes: int
+    min_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The launches of one pass in order, and the memory between them.
+
+    ``workspace`` maps a name to (shape, dtype); ``section_heads`` (batch, head) pairs are worked on together, because
+    what their blocks share fits in L2.
+    """
+
+    problem: Problem
+    device: DeviceInfo
+    pass_: str
+    steps: tuple[Step, ...]
+    tile: TileRow
+    workspace: Mapping[str, tuple[tuple[int, ...], str]]
+    section_heads: int
+
+    @property
+    def padded_seqlen_q(self) -> int:
+        return _round_up(self.problem.layout.seqlen_q, self.tile.block_m)
+
+    @property
+    def flops(self) -> float:
+        """Arithmetic of the visible pairs; absent rows and keys of key padding count as visible."""
+        problem = self.problem
+        pairs = visible_pairs(problem) * problem.layout.batch * problem.num_heads
+        forward = 2.0 * pairs * (problem.head_dim + problem.head_dim_v)
+        return forward if self.pass_ == "forward" else BACKWARD_FLOPS * forward
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the operands and results, each moved once, and of the workspace, written once and read once."""
+        problem = self.problem
+        q, k, v, out = (math.prod(s) * ITEMSIZE for s in (problem.q.shape, problem.k.shape, problem.v.shape, problem.out_shape))
+        lse = math.prod(problem.lse_shape) * 4
+        if self.pass_ == "forward":
+            return q + k + v + out + lse
+        return 2 * (q + k + v + out) + lse + 2 * sum(4 * math.prod(shape) for shape, _ in self.workspace.values())
+
+    def floor_us(self) -> float | None:
+        """Time that neither arithmetic nor memory traffic allows to beat, in microseconds; None on an unknown device."""
+        if self.device.flops is None or self.device.bandwidth is None:
+            return None
+        return 1e6 * max(self.flops / self.device.flops, self.bytes / self.device.bandwidth)
+
+    def explain(self, registers: Mapping[str, int] | None = None) -> str:
+        """Describe the plan in lines of text.
+
+        Parameters
+        ----------
+        registers : mapping of str to int, optional
+            Registers per thread by entry point, where kernels are compiled; they sharpen the occupancy.
+        """
+        registers = registers or {}
+        tile, floor = self.tile, self.floor_us()
+        lines = [
+            f"{self.pass_} on {self.device.name} ({self.device.arch}, {self.device.sm_count} SMs)",
+            f"  tile {tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages, "
+            f"split_d {tile.split_d}: {tile.reason}",
+        ]
+        for step in self.steps:
+            used = registers.get(step.spec.entry, 0)
+            blocks = self.device.blocks_per_sm(step.threads, step.shared_bytes, used)
+            lines.append(
+                f"  {step.spec.entry} [{step.spec.arch}]: grid {step.grid}, {step.threads} threads, "
+                f"{step.shared_bytes} B shared, {used or '?'} registers, {blocks} blocks per SM"
+            )
+        lines.append(f"  {self.flops:.3g} FLOP, {self.bytes:.3g} bytes, sections of {self.section_heads} heads")
+        lines.append("  floor unknown for this device" if floor is None else f"  floor {floor:.1f} us")
+        return "\n".join(lines)
+
+
+def plan_forward(problem: Problem, device: DeviceInfo) -> Plan:
+    """Plan out and lse.
+
+    >>> from cuflash.problem import View
+    >>> shape = (2, 1000, 8, 128)
+    >>> problem = Problem.build({name: View.of(shape, "bfloat16") for name in "qkv"}, causal=True)
+    >>> plan = plan_forward(problem, DeviceInfo.named("sm_90a"))
+    >>> [(step.spec.entry, step.grid, step.threads) for step in plan.steps]
+    [('forward_sm80', 128, 128)]
+    """
+    layout = problem.layout
+    tile = row_for(device, "forward", problem.head_dim, problem.head_dim_v, dropout=problem.dropout is not None)
+    config = _config(problem, tile)
+    step = _step(device, "forward_sm80", config, _blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch, tile)
+    return Plan(
+        problem=problem,
+        device=device,
+        pass_="forward",
+        steps=_launchable(step),
+        tile=tile,
+        workspace={},
+        section_heads=forward_section_heads(problem, device),
+    )
+
+
+def plan_backward(problem: Problem, device: DeviceInfo) -> Plan:
+    """Plan dq, dk, dv and, with sinks, dsinks.
+
+    >>> from cuflash.problem import View
+    >>> shape = (2, 1000, 8, 128)
+    >>> problem = Problem.build({name: View.of(shape, "bfloat16") for name in "qkv"})
+    >>> plan = plan_backward(problem, DeviceInfo.named("sm_90a"))
+    >>> [step.spec.entry for step in plan.steps]
+    ['backward_prepare', 'backward_sm80', 'backward_finish']
+    """
+    layout = problem.layout
+    tile = row_for(device, "backward", problem.head_dim, problem.head_dim_v, dropout=problem.dropout is not None)
+    config = _config(problem, tile)
+    q_blocks = _blocks(layout.seqlen_q, tile.block_m)
+    q_grid = q_blocks * problem.num_heads * layout.batch
+    k_grid = _blocks(layout.seqlen_k, tile.block_n) * problem.num_kv_heads * layout.batch
+    steps = [
+        _step(device, "backward_prepare", config, q_grid, tile),
+        _step(device, "backward_sm80", config, k_grid, tile),
+        _step(device, "backward_finish", config, q_grid, tile),
+    ]
+    if problem.sinks:
+        steps.append(_step(device, "backward_sinks", config, problem.num_heads, tile))
+    rows = (layout.batch, problem.num_heads, q_blocks * tile.block_m)
+    workspace = {
+        "row_lse": (rows, "float32"),
+        "row_delta": (rows, "float32"),
+        "dq_accum": ((*rows, rounded_head_dim(problem.head_dim)), "float32"),
+    }
+    if problem.deterministic:
+        workspace["dq_turn"] = ((layout.batch, problem.num_heads, q_blocks), "int32")
+    return Plan(
+        problem=problem,
+        device=device,
+        pass_="backward",
+        steps=_launchable(*steps),
+        tile=tile,
+        workspace=workspace,
+        section_heads=backward_section_heads(problem, device),
+    )
+
+
+# The fields of each kernel's Config: a kernel that does not depend on a choice is compiled once for all values of it.
+_SIZES = ("Element", "head_dim", "head_dim_v", "block_m", "block_n", "num_warps", "min_blocks", "num_stages")
+_WIDTHS = ("load_bytes", "store_bytes")
+_SCORES = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
+CONFIG_FIELDS = {
+    "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
+    "backward_prepare": ("Element", "head_dim", "head_dim_v", "block_m", "num_warps", "load_bytes", "deterministic"),
+    "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "deterministic"),
+    "backward_finish": ("Element", "head_dim", "block_m", "num_warps", "store_bytes", "split_d", "deterministic"),
+    "backward_sinks": ("block_m",),
+}
+
+
+def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
+    """All compile-time choices, as C++ type and value by name."""
+    mask, modifiers = problem.mask, problem.modifiers
+    loaded = [spec for spec in (problem.q, problem.k, problem.v, problem.dout) if spec is not None]
+    stored = [] if tile.pass_ == "backward" or problem.out is None else [problem.out]
+    if tile.pass_ == "backward" and problem.out is not None:
+        loaded.append(problem.out)
+    return {
+        "Element": ("class", ELEMENTS[problem.dtype]),
+        "head_dim": ("int", rounded_head_dim(problem.head_dim)),
+        "head_dim_v": ("int", rounded_head_dim(problem.head_dim_v)),
+        "block_m": ("int", tile.block_m),
+        "block_n": ("int", tile.block_n),
+        "num_warps": ("int", tile.num_warps),
+        "min_blocks": ("int", tile.min_blocks),
+        "num_stages": ("int", tile.num_stages),
+        "load_bytes": ("int", _width(problem, loaded)),
+        "store_bytes": ("int", _width(problem, stored)),
+        "window_left": ("bool", mask.left is not None),
+        "window_right": ("bool", mask.right is not None),
+        # The scale folds into the softmax unless a modifier wants scaled scores; a maximum moves with a positive scale only.
+        "scale_first": ("bool", modifiers.softcap != 0 or modifiers.alibi or problem.softmax_scale <= 0),
+        "softcap": ("bool", modifiers.softcap != 0),
+        "alibi": ("bool", modifiers.alibi),
+        "dropout": ("bool", problem.dropout is not None),
+        "sinks": ("bool", problem.sinks),
+        "split_d": ("int", tile.split_d),
+        "deterministic": ("bool", problem.deterministic),
+    }
+
+
+def _width(problem: Problem, arrays: list[ArraySpec]) -> int:
+    """Widest access, in bytes, that every array's alignment allows and that ends exactly where its rows end."""
+    return math.gcd(WIDEST_LOAD, ITEMSIZE * problem.head_dim, ITEMSIZE * problem.head_dim_v, *(a.alignment for a in arrays))
+
+
+def _step(device: DeviceInfo, entry: str, config: dict[str, tuple[str, object]], grid: int, tile: TileRow) -> Step:
+    spec = KernelSpec(
+        source=f"{entry}.cu",
+        entry=entry,
+        config=tuple((name, *config[name]) for name in CONFIG_FIELDS[entry]),
+        arch=device.portable_arch,
+    )
+    is_main = entry.endswith("_sm80")
+    return Step(
+        spec=spec,
+        grid=grid,
+        threads=SINKS_THREADS if entry == "backward_sinks" else tile.threads,
+        shared_bytes=tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1]) if is_main else 0,
+        min_blocks=tile.min_blocks if is_main else 1,
+    )
+
+
+def _launchable(*steps: Step) -> tuple[Step, ...]:
+    """Steps with work to do: a grid of no blocks is an error to CUDA, and there is nothing for it to write."""
+    return tuple(step for step in steps if step.grid > 0)
+
+
+def visible_pairs(problem: Problem) -> int:
+    """Visible (query, key) pairs of one head of one sequence at its full lengths.
+
+    >>> from cuflash.problem import View
+    >>> shape = (1, 100, 1, 64)
+    >>> visible_pairs(Problem.build({name: View.of(shape, "float16") for name in "qkv"}, causal=True))
+    5050
+    """
+    seqlen_q, seqlen_k, mask = problem.layout.seqlen_q, problem.layout.seqlen_k, problem.mask
+    offset = mask.offset(seqlen_q, seqlen_k)
+    # Row i sees keys from max(0, i + offset - left) up to min(seqlen_k, i + offset + right + 1).
+    ends = seqlen_k * seqlen_q if mask.right is None else _clamped_sum(offset + mask.right + 1, seqlen_q, seqlen_k)
+    begins = 0 if mask.left is None else _clamped_sum(offset - mask.left, seqlen_q, seqlen_k)
+    return ends - begins
+
+
+def _clamped_sum(first: int, count: int, limit: int) -> int:
+    """Sum of ``first, first + 1, ...``, ``count`` terms, each clamped to [0, limit]."""
+    rising_from = min(max(-first, 0), count)  # terms before are clamped to 0
+    rising_to = min(max(limit - first, 0), count)  # terms from here on are clamped to limit
+    rising = rising_to - rising_from
+    return rising * (2 * first + rising_from + rising_to - 1) // 2 + (count - rising_to) * limit
+
+
+def forward_section_heads(problem: Problem, device: DeviceInfo) -> int:
+    """Query heads whose keys and values stay in L2 together: a power of two of kv heads, times the group that shares each."""
+    per_kv_head = problem.layout.seqlen_k * (problem.head_dim + problem.head_dim_v) * ITEMSIZE
+    return problem.group_size * _section(problem, device, per_kv_head)
+
+
+def backward_section_heads(problem: Problem, device: DeviceInfo) -> int:
+    """Kv heads whose groups' q, dout and float32 dq stay in L2 together: what the blocks of a kv head all read and add to."""
+    per_row = problem.head_dim * (ITEMSIZE + 4) + problem.head_dim_v * ITEMSIZE
+    return _section(problem, device, problem.group_size * problem.layout.seqlen_q * per_row)
+
+
+def _section(problem: Problem, device: DeviceInfo, bytes_per_kv_head: int) -> int:
+    limit = min(SECTION_BYTES, SECTION_SHARE * device.l2_bytes)
+    heads = 1
+    while heads < problem.layout.batch * problem.num_kv_heads and 2 * heads * bytes_per_kv_head <= limit:
+        heads *= 2
+    return heads
+
+
+def _blocks(rows: int, block: int) -> int:
+    return -(-rows // block)
+
+
+def _round_up(rows: int, block: int) -> int:
+    return _blocks(rows, block) * block
