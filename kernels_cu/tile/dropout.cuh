@@ -1,0 +1,108 @@
+// Which probabilities are dropped: the counter layout of cuflash/dropout.py. One Philox call serves eight scores, which one
+// thread holds when the queries are the rows of a slab, and two lanes share when the keys are.
+#pragma once
+
+#include "tile/fragment.cuh"
+
+namespace tile {
+
+struct Random {
+  uint32 word[4];
+};
+
+// Philox-4x32 with 7 rounds (Salmon et al., SC 2011).
+DEVICE Random philox(uint32 c0, uint32 c1, uint32 c2, uint32 c3, uint32 key0, uint32 key1) {
+#pragma unroll
+  for (int round = 0; round < 7; ++round) {
+    const uint64 product0 = static_cast<uint64>(0xD2511F53u) * c0;
+    const uint64 product1 = static_cast<uint64>(0xCD9E8D57u) * c2;
+    c0 = static_cast<uint32>(product1 >> 32) ^ c1 ^ key0;
+    c2 = static_cast<uint32>(product0 >> 32) ^ c3 ^ key1;
+    c1 = static_cast<uint32>(product1);
+    c3 = static_cast<uint32>(product0);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+struct Dropout {
+  uint32 seed_low, seed_high, offset, batch_head;
+  uint32 threshold;  // in the upper half: a word is compared whole for its high score, shifted for its low one
+
+  DEVICE Dropout(const DropoutKey& key, int batch, int head)
+      : seed_low(key.seed_low),
+        seed_high(key.seed_high),
+        offset(key.offset),
+        batch_head(static_cast<uint32>(head) | static_cast<uint32>(batch) << 16),
+        threshold(key.threshold << 16) {}
+
+  DEVICE Random random(uint32 query_group, uint32 key_group) const {
+    return philox(query_group, key_group, batch_head, offset, seed_low, seed_high);
+  }
+  // Queries i < 8 (mod 16) have the low half of a word, i + 8 the high one.
+  DEVICE bool keeps_low(uint32 word) const { return (word << 16) >= threshold; }
+  DEVICE bool keeps_high(uint32 word) const { return word >= threshold; }
+
+  // Calls visit(i, keep) for every element of a slab whose first score is (query, key), both multiples of 16.
+  template <class Orientation, int kSize, class Visitor>
+  DEVICE void for_each(int query, int key, Visitor visit) const;
+};
+
+template <class Orientation>
+struct DropoutPattern;
+
+template <>
+struct DropoutPattern<QueryRows> {
+  // Element 8t + 4b + 2h + p: key 8b + p (and the lane's), query 8h. Word 2p + b, half h.
+  template <int kSize, class Visitor>
+  static DEVICE void for_each(const Dropout& dropout, int query, int key, Visitor visit) {
+    const uint32 query_group = query / 2 + lane_row();
+    const uint32 key_group = key / 4 + arch::lane_index() % 4;
+#pragma unroll
+    for (int t = 0; t < kSize / 8; ++t) {
+      const Random random = dropout.random(query_group, key_group + 4 * t);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int parity = w / 2, block = w % 2;
+        visit(8 * t + 4 * block + parity, dropout.keeps_low(random.word[w]));
+        visit(8 * t + 4 * block + 2 + parity, dropout.keeps_high(random.word[w]));
+      }
+    }
+  }
+};
+
+template <>
+struct DropoutPattern<KeyRows> {
+  // Element 8t + 4b + 2h + p: query 8b + p (and the lane's), key 8h. The lane's keys have one parity, so it needs two words each
+  // of the calls for p = 0 and p = 1; lane ^ 4 has the other parity and needs the other two words of the same two calls.
+  // Each of the two lanes makes the call whose p is its parity, and they exchange.
+  template <int kSize, class Visitor>
+  static DEVICE void for_each(const Dropout& dropout, int query, int key, Visitor visit) {
+    const int parity = lane_row() % 2;
+    const uint32 query_group = query / 2 + lane_column() + parity;
+    const uint32 key_group = key / 4 + lane_row() / 2;
+#pragma unroll
+    for (int t = 0; t < kSize / 8; ++t) {
+      const Random random = dropout.random(query_group + 8 * t, key_group);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32 own = parity ? random.word[2 + h] : random.word[h];
+        const uint32 other = arch::shuffle_xor(parity ? random.word[h] : random.word[2 + h], 4);
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+          const uint32 word = parity == p ? own : other;
+          visit(8 * t + 2 * h + p, dropout.keeps_low(word));
+          visit(8 * t + 4 + 2 * h + p, dropout.keeps_high(word));
+        }
+      }
+    }
+  }
+};
+
+template <class Orientation, int kSize, class Visitor>
+DEVICE void Dropout::for_each(int query, int key, Visitor visit) const {
+  DropoutPattern<Orientation>::template for_each<kSize>(*this, query, key, visit);
+}
+
+}  // namespace tile

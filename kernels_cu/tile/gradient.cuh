@@ -1,0 +1,32 @@
+// How the CTAs of the backward share the gradient of q: each adds its part of a tile to a float32 accumulator, which lies in
+// the order of the threads' registers, so that a warp adds 128 consecutive bytes. backward_finish.cu puts it in order again.
+#pragma once
+
+#include "tile/fragment.cuh"
+#include "tile/sequence.cuh"
+
+namespace tile {
+
+// The part of a dq tile (block_m x head_dim) that a warp owns: slabs of rows by a range of columns.
+template <class Config>
+struct DqShare {
+  static constexpr int kSlabBlocks = Config::block_m / kSlabRows;
+  static constexpr int kWarpsM = Config::num_warps / 2 < kSlabBlocks ? Config::num_warps / 2 : kSlabBlocks;
+  static constexpr int kWarpsN = Config::num_warps / kWarpsM;
+  static constexpr int kSlabs = kSlabBlocks / kWarpsM;
+  static constexpr int kColumns = Config::head_dim / kWarpsN;
+  static constexpr int kThreads = Config::num_warps * kWarpSize;
+  static_assert(kWarpsM * kSlabs == kSlabBlocks && kWarpsN * kWarpsM == Config::num_warps, "warps divide the rows of a dq tile");
+  static_assert(kColumns % 16 == 0, "warps divide the columns of a dq tile in multiples of 16");
+
+  static DEVICE int row() { return arch::warp_index() % kWarpsM * kSlabs * kSlabRows; }
+  static DEVICE int column() { return arch::warp_index() / kWarpsM * kColumns; }
+
+  // This thread's first float in the accumulator of a tile; the next ones follow at distance kThreads.
+  static DEVICE float* accumulator(const BackwardParams& params, int batch, int head, int m_block) {
+    const int64 row = statistic_offset(params.shape, batch, head, params.padded_seqlen_q, m_block * Config::block_m);
+    return params.dq_accum + row * Config::head_dim + arch::thread_index();
+  }
+};
+
+}  // namespace tile
