@@ -1,0 +1,1 @@
+"""What cuflash costs and what it gains, measured beside the other libraries: see README.md."""

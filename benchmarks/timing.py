@@ -1,0 +1,184 @@
+"""One way of timing for every library: bursts after an idle gap, interleaved round by round.
+
+Short bursts after a gap keep the board's power state the same for everyone, and interleaving spreads what drifts
+(temperature, clocks) evenly, so that the *ratio* of two medians of one run means something.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from benchmarks.kernels import hold_stream
+
+WARM_LAUNCHES = 2
+BURST_LAUNCHES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the rounds of one job gave, in milliseconds a call: ``median`` is the median of burst medians."""
+
+    median: float
+    p20: float
+    p80: float
+    bursts: int
+
+
+class Clock(Protocol):
+    """How long one call takes, seen from where a library runs."""
+
+    def burst(self, call: Callable[[], object]) -> list[float]:
+        """Milliseconds of each timed call of one burst."""
+
+
+class EventClock:
+    """CUDA events on the stream that CuPy and PyTorch share, one pair a launch.
+
+    A kernel that only waits holds the stream while the host enqueues the burst: no library is charged for its host
+    time, which has a table of its own.
+    """
+
+    LONGEST_WAIT = 0.050  # seconds; a host slower than that is charged the rest
+
+    def __init__(self, launches: int = BURST_LAUNCHES):
+        import cupy
+
+        self._cupy, self._launches = cupy, launches
+        self._host_seconds: dict[Callable[[], object], float] = {}
+
+    def burst(self, call: Callable[[], object]) -> list[float]:
+        cupy = self._cupy
+        if call not in self._host_seconds:
+            self._host_seconds[call] = self._enqueue_seconds(call)
+        hold = min(1.5 * (WARM_LAUNCHES + self._launches) * self._host_seconds[call] + 100e-6, self.LONGEST_WAIT)
+        events = [cupy.cuda.Event() for _ in range(self._launches + 1)]
+        hold_stream(hold)
+        for _ in range(WARM_LAUNCHES):
+            call()
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        events[-1].synchronize()
+        return [cupy.cuda.get_elapsed_time(a, b) for a, b in zip(events, events[1:], strict=False)]
+
+    def _enqueue_seconds(self, call: Callable[[], object]) -> float:
+        self._cupy.cuda.Device().synchronize()
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        self._cupy.cuda.Device().synchronize()
+        return seconds
+
+
+class DifferenceClock:
+    """Host clock for a library whose stream cannot be reached (JAX): the slope between two bursts.
+
+    The cost of the first dispatch and of the final wait is in both bursts and cancels; the longer one lasts at least
+    ``shortest_burst`` seconds more than the shorter, so that the host runs ahead of the device.
+    """
+
+    def __init__(self, wait: Callable[[object], object], launches: int = BURST_LAUNCHES, shortest_burst: float = 5e-3):
+        self._wait, self._launches, self._shortest = wait, launches, shortest_burst
+        self._counts: dict[Callable[[], object], int] = {}
+
+    def burst(self, call: Callable[[], object]) -> list[float]:
+        short = WARM_LAUNCHES
+        if call not in self._counts:
+            # The rate, not the latency of one call: a few in a row.
+            seconds = self._seconds(call, 4) / 4
+            self._counts[call] = max(self._launches, int(self._shortest / seconds) + 1)
+        more = self._counts[call]
+        first = self._seconds(call, short)
+        return [1e3 * max(self._seconds(call, short + more) - first, 0.0) / more]
+
+    def _seconds(self, call: Callable[[], object], launches: int) -> float:
+        start = time.perf_counter()
+        for _ in range(launches):
+            result = call()
+        self._wait(result)
+        return time.perf_counter() - start
+
+
+class HostClock:
+    """Calls that have finished when they return (NumPy)."""
+
+    def __init__(self, launches: int = 1):
+        self._launches = launches
+
+    def burst(self, call: Callable[[], object]) -> list[float]:
+        times = []
+        for _ in range(self._launches):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One thing to time: ``key`` names it in the result."""
+
+    key: Hashable
+    call: Callable[[], object]
+    clock: Clock
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0 to 100) by linear interpolation.
+
+    >>> percentile([4.0, 1.0, 2.0, 3.0], 50)
+    2.5
+    """
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * q / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def summarize(bursts: Sequence[Sequence[float]]) -> Sample:
+    """Median of burst medians; p20 and p80 over every call of every burst."""
+    every = [value for burst in bursts for value in burst]
+    median = statistics.median(statistics.median(burst) for burst in bursts)
+    return Sample(median, percentile(every, 20), percentile(every, 80), len(bursts))
+
+
+def interleave(
+    jobs: Iterable[Job],
+    rounds: int,
+    *,
+    idle: float = 0.1,
+    deadline: float = float("inf"),
+    on_burst: Callable[[Job], None] = lambda job: None,
+    on_failure: Callable[[Job, Exception], None] | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+    now: Callable[[], float] = time.monotonic,
+) -> dict[Hashable, Sample]:
+    """Time every job in every round, the order reversed every other round, an idle gap before each burst.
+
+    No round is begun past ``deadline``. A job that raises is left out of further rounds and of the result; the others
+    go on (``on_failure`` hears of it; without one the exception is raised).
+    """
+    alive = list(jobs)
+    bursts: dict[Hashable, list[list[float]]] = {job.key: [] for job in alive}
+    for number in range(rounds):
+        if number and now() >= deadline:
+            break
+        for job in alive[:: -1 if number % 2 else 1]:
+            sleep(idle)
+            try:
+                bursts[job.key].append(job.clock.burst(job.call))
+            except Exception as error:
+                if on_failure is None:
+                    raise
+                on_failure(job, error)
+                alive = [other for other in alive if other is not job]
+                del bursts[job.key]
+                continue
+            on_burst(job)
+    return {key: summarize(found) for key, found in bursts.items() if found}
