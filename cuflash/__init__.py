@@ -5,9 +5,21 @@
 >>> out = cuflash.attention(q, k, v, causal=True)
 """
 
-from cuflash.api import Gradients, attention, attention_backward, vjp
+from __future__ import annotations
+
+from cuflash.api import Gradients, attention, attention_backward, backends, explain, supports, vjp, warmup
 from cuflash.dropout import dropout_mask
 
 __version__ = "0.1.0"
 
-__all__ = ["Gradients", "attention", "attention_backward", "dropout_mask", "vjp"]
+__all__ = [
+    "Gradients",
+    "attention",
+    "attention_backward",
+    "backends",
+    "dropout_mask",
+    "explain",
+    "supports",
+    "vjp",
+    "warmup",
+]

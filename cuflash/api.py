@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from cuflash import dispatch
 from cuflash.arrays import Array, common_adapter
+from cuflash.backends import cuda_backend, numpy_tiles
+from cuflash.device import DeviceInfo
+from cuflash.plan import Plan, plan_backward, plan_forward
+from cuflash.problem import DTYPES, ITEMSIZE, Problem, check_backend_dtype
 
 
 class Gradients(NamedTuple):
@@ -125,10 +131,11 @@ def attention(
         q, k, v, causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask, bias,
         dropout_p, seed, offset, seqused_q, seqused_k, deterministic, return_lse, layout, out, copy, backend,
     )  # fmt: skip
-    _refuse_autograd(call)
     if dropout_p and seed is None:
         call = call._replace(seed=_draw_seed())
-    out, lse = dispatch.forward(call, want_lse=return_lse)
+    adapter = common_adapter(call.operands)
+    adapter.refuse_autograd(call.operands)
+    out, lse = dispatch.forward(adapter, call, want_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -162,7 +169,7 @@ def vjp(q: Array, k: Array, v: Array, **keywords) -> tuple[Array | tuple[Array, 
         keywords["seed"] = _draw_seed()
     call = dispatch.request(q, k, v, **keywords)
     _check_keeps_q(call)
-    out, lse = dispatch.forward(call, want_lse=True)
+    out, lse = dispatch.forward(common_adapter(call.operands), call, want_lse=True)
     keywords.pop("out", None)
 
     def pullback(dout: Array, dlse: Array | None = None) -> Gradients:
@@ -207,19 +214,182 @@ def attention_backward(
     call.operands.update(out=out, lse=lse, dout=dout)
     if dlse is not None:
         call.operands["dlse"] = dlse
-    return Gradients(**dispatch.backward(call))
+    return Gradients(**dispatch.backward(common_adapter(call.operands), call))
+
+
+class Support(NamedTuple):
+    """Whether one feature runs on one backend: for these dtypes, none where it does not exist yet."""
+
+    feature: str
+    keyword: str
+    backend: str
+    dtypes: tuple[str, ...]
+
+
+FEATURES = {  # by keyword of `attention`; the two without one are facts about q, k and v
+    "q, k, v": "grouped and multi-query heads, head_dim 1 to 256, head_dim_v unlike head_dim",
+    "strides": "strided and transposed operands, without a copy",
+    "causal": "causal masks, bottom-right or top-left aligned",
+    "window_size": "sliding windows",
+    "softmax_scale": "scale of the scores",
+    "softcap": "capped scores",
+    "alibi_slopes": "ALiBi, per head or per batch and head",
+    "sinks": "attention sinks, with gradients",
+    "dropout_p": "dropout, the same mask on every backend",
+    "seqused_q": "key padding: used lengths of q",
+    "seqused_k": "key padding: used lengths of k and v",
+    "deterministic": "gradients repeatable bit by bit",
+    "return_lse": "lse, with gradients",
+    "layout": "axes as bshd or bhsd",
+    "out": "results in a given array, or in place of q",
+}
+UNLANDED = {  # the nearest choices are in problem.py
+    "score_mod": "score functions of the user",
+    "mask_mod": "mask functions of the user",
+    "block_mask": "block-sparse masks",
+    "bias": "additive bias",
+}
+
+
+def supports(keyword: str | None = None, *, backend: str | None = None, dtype: str | None = None) -> tuple[Support, ...]:
+    """Rows of the table of features, backends and dtypes, forward and backward; all rows by default.
+
+    Parameters
+    ----------
+    keyword, backend, dtype : str, optional
+        Keep the rows of this keyword of `attention`, on this backend, that run with this dtype.
+
+    Examples
+    --------
+    >>> import cuflash
+    >>> cuflash.supports("sinks", backend="cuda")[0].dtypes
+    ('float16', 'bfloat16')
+    >>> bool(cuflash.supports("bias", backend="cuda", dtype="float16"))
+    False
+    """
+    table = FEATURES | UNLANDED
+    by_backend = {"numpy": DTYPES, "cuda": cuda_backend.DTYPES}
+    for name, value, known in (("keyword", keyword, table), ("backend", backend, by_backend), ("dtype", dtype, DTYPES)):
+        if value is not None and value not in known:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
+    rows = (
+        Support(feature, name, of_backend, dtypes if name in FEATURES else ())
+        for name, feature in table.items()
+        for of_backend, dtypes in by_backend.items()
+    )
+    return tuple(
+        row
+        for row in rows
+        if keyword in (None, row.keyword) and backend in (None, row.backend) and (dtype is None or dtype in row.dtypes)
+    )
+
+
+def backends() -> tuple[str, ...]:
+    """Names of the backends that this machine can run.
+
+    >>> import cuflash
+    >>> "numpy" in cuflash.backends()
+    True
+    """
+    try:
+        DeviceInfo.current(0)
+    except RuntimeError:  # no CuPy, no driver, no device, or one older than Ampere
+        return ("numpy",)
+    return ("numpy", "cuda", "sm80")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Explanation:
+    """What a call would run; ``print`` it, or read ``problem`` and ``plans`` (empty on the CPU)."""
+
+    problem: Problem
+    plans: tuple[Plan, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+
+def explain(q: Array, k: Array, v: Array, *, device: str | None = None, **keywords) -> Explanation:
+    """Say what a call would run: backend, tiles, thread blocks, memory. Nothing is computed or compiled.
+
+    Parameters
+    ----------
+    q, k, v, **keywords
+        As in `attention`.
+    device : str, optional
+        Plan for a named GPU, such as "sm_90a", whatever this machine has. Arrays on a GPU are planned for theirs.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> q = np.zeros((2, 1000, 8, 128), np.float16)
+    >>> cuflash.explain(q, q, q, causal=True)
+    numpy backend, float16, softmax in float32
+      forward and backward: tiles of 256 rows and 256 keys, one head group after the other
+      memory: out 4.1 MB, lse 0.1 MB, dq, dk and dv 12.3 MB, nothing of size seqlen_q x seqlen_k
+    >>> cuflash.explain(q, q, q, causal=True, device="sm_90a").plans[0].steps[0].grid
+    128
+    """
+    prepared = _prepared(q, k, v, keywords)
+    problem = prepared.problem
+    if device is not None:
+        check_backend_dtype(problem.dtype, "cuda", cuda_backend.DTYPES)
+        plans = plan_forward(problem, DeviceInfo.named(device)), plan_backward(problem, DeviceInfo.named(device))
+        return Explanation(problem, plans, "\n".join(plan.explain() for plan in plans))
+    if prepared.backend == "numpy":
+        return Explanation(problem, (), _explain_host(problem))
+    info = DeviceInfo.current(prepared.device_index)
+    plans = plan_forward(problem, info), plan_backward(problem, info)
+    return Explanation(problem, plans, cuda_backend.explain(problem, prepared.device_index))
+
+
+def warmup(q: Array, k: Array, v: Array, **keywords) -> None:
+    """Compile and load the kernels of a call and of its backward, before a timed run or the capture of a CUDA graph.
+
+    Parameters
+    ----------
+    q, k, v, **keywords
+        As in `attention`. Nothing is computed, and on the CPU nothing has to be done.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> q = np.zeros((2, 100, 8, 64), np.float16)
+    >>> cuflash.warmup(q, q, q, causal=True)
+    """
+    prepared = _prepared(q, k, v, keywords)
+    if prepared.backend != "numpy":
+        cuda_backend.warmup(prepared.problem, prepared.device_index)
+
+
+def _prepared(q: Array, k: Array, v: Array, keywords: dict) -> dispatch.Prepared:
+    call = dispatch.request(q, k, v, **keywords)
+    _, _, prepared = dispatch.prepare(common_adapter(call.operands), call.operands, call.options)
+    return prepared
+
+
+def _explain_host(problem: Problem) -> str:
+    def megabytes(*shapes: tuple[int, ...], itemsize: int) -> str:
+        return f"{sum(map(math.prod, shapes)) * itemsize / 1e6:.1f} MB"
+
+    itemsize = ITEMSIZE[problem.dtype]
+    rows, keys = numpy_tiles.rows_per_head(problem), numpy_tiles.BLOCK_N
+    lines = (
+        f"numpy backend, {problem.dtype}, softmax in {problem.accumulator}",
+        f"  forward and backward: tiles of {rows * problem.group_size} rows and {keys} keys, one head group after the other",
+        f"  memory: out {megabytes(problem.out_shape, itemsize=itemsize)},"
+        f" lse {megabytes(problem.lse_shape, itemsize=ITEMSIZE[problem.accumulator])},"
+        f" dq, dk and dv {megabytes(problem.q.shape, problem.k.shape, problem.v.shape, itemsize=itemsize)},"
+        " nothing of size seqlen_q x seqlen_k",
+    )
+    return "\n".join(lines)
 
 
 def _draw_seed() -> int:
     return int(np.random.randint(0, 2**63 - 1, dtype=np.int64))
-
-
-def _refuse_autograd(call: dispatch.Request) -> None:
-    """Lose no gradient silently: results of `attention` are unknown to the arrays' own differentiation."""
-    adapter = common_adapter(call.operands)
-    for name, array in call.operands.items():
-        if adapter.tracks_gradient(array):
-            raise NotImplementedError(f"{name} requires grad, which attention does not record; use cuflash.vjp")
 
 
 def _check_keeps_q(call: dispatch.Request) -> None:

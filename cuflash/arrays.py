@@ -49,9 +49,8 @@ class Adapter:
         """Return the adapter for this array's device, where one kind of array lives on several."""
         return self
 
-    def tracks_gradient(self, array: Array) -> bool:
-        """Whether the array's own library expects to differentiate what is computed from it."""
-        return False
+    def refuse_autograd(self, operands: Mapping[str, Array]) -> None:
+        """Raise where the arrays' own library expects to differentiate a result that it does not know."""
 
     def is_addressable(self, array: Array) -> bool:
         """Whether every element starts at a multiple of its size."""
@@ -108,7 +107,7 @@ class NumpyAdapter(Adapter):
         return array.shape, array.strides, array.dtype, array.__array_interface__["data"][0] % 16
 
     def view(self, array: np.ndarray) -> View:
-        return View(self.pointer(array), array.shape, element_strides(array), array.dtype.name, ("cpu", 0), array)
+        return View(self.pointer(array), array.shape, element_strides(array), dtype_name(array.dtype), ("cpu", 0), array)
 
     def is_addressable(self, array: np.ndarray) -> bool:
         return array.flags.aligned
@@ -180,8 +179,10 @@ class TorchAdapter(Adapter):
     def placed(self, q: Array) -> Adapter:
         return self if q.is_cuda else the(TorchHostAdapter)
 
-    def tracks_gradient(self, array: Array) -> bool:
-        return array.requires_grad and self._torch.is_grad_enabled()
+    def refuse_autograd(self, operands: Mapping[str, Array]) -> None:
+        for name, array in operands.items():
+            if array.requires_grad and self._torch.is_grad_enabled():
+                raise NotImplementedError(f"{name} requires grad, which attention does not record; use cuflash.vjp")
 
     def pointer(self, array: Array) -> int:
         return array.data_ptr()
@@ -389,10 +390,16 @@ def common_adapter(operands: Mapping[str, Array]) -> Adapter:
     """Return the adapter that all operands share, placed on q's device."""
     q = operands["q"]
     adapter = adapter_of(q)
-    for name, array in operands.items():
-        if type(array) is not type(q) and adapter_of(array, name).kind != adapter.kind:
-            raise TypeError(f"{name} is a {_full_name(type(array))}; it must be q's kind, {_full_name(type(q))}")
+    for array in operands.values():
+        if type(array) is not type(q):
+            _check_kinds(adapter, operands)
     return adapter.placed(q)
+
+
+def _check_kinds(adapter: Adapter, operands: Mapping[str, Array]) -> None:
+    for name, array in operands.items():
+        if adapter_of(array, name).kind != adapter.kind:
+            raise TypeError(f"{name} is a {_full_name(type(array))}; it must be q's kind, {_full_name(type(operands['q']))}")
 
 
 def _adapter_class(cls: type, name: str) -> type[Adapter]:
@@ -400,7 +407,7 @@ def _adapter_class(cls: type, name: str) -> type[Adapter]:
     if issubclass(cls, np.ndarray):
         if cls in (np.ndarray, np.memmap):
             return NumpyAdapter
-        raise TypeError(f"{name} is a {_full_name(cls)}, whose meaning would be lost; pass np.asarray({name})")
+        raise TypeError(f"{name} is a {_full_name(cls)}, whose own rules would be ignored; attention takes plain numpy.ndarray")
     if library == "cupy" and cls.__name__ == "ndarray":
         return CupyAdapter
     if library == "torch" and cls.__name__ in ("Tensor", "Parameter"):
@@ -426,6 +433,15 @@ def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     (12, 4, 1)
     """
     return View.of(shape, "").strides
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """Name a dtype; NumPy's own names hide the byte order.
+
+    >>> dtype_name(np.dtype(">f4"))
+    'byte-swapped float32'
+    """
+    return dtype.name if dtype.isnative else f"byte-swapped {dtype.name}"
 
 
 def element_strides(array: Array) -> tuple[int, ...]:

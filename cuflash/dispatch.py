@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash.arrays import Adapter, Array, common_adapter
-from cuflash.backends import numpy_backend
+from cuflash.arrays import Adapter, Array
+from cuflash.backends import cuda_backend, numpy_backend
 from cuflash.layouts import CANONICAL_AXES, to_canonical
 from cuflash.problem import (
+    DTYPES,
     Problem,
     View,
     check_backend_dtype,
@@ -132,9 +133,8 @@ def request(
     return Request(operands, options, seed, offset, return_lse)
 
 
-def forward(call: Request, *, want_lse: bool) -> tuple[Array, Array | None]:
+def forward(lender: Adapter, call: Request, *, want_lse: bool) -> tuple[Array, Array | None]:
     """Run the forward pass; the results are the caller's kind of array, in the caller's layout."""
-    lender = common_adapter(call.operands)
     adapter, arrays, prepared = prepare(lender, call.operands, call.options)
     problem = _with_seed(prepared.problem, call)
     given = call.operands.get("out")
@@ -145,13 +145,13 @@ def forward(call: Request, *, want_lse: bool) -> tuple[Array, Array | None]:
         results = _forward_on_host(problem, prepared, arrays)
     else:
         results = _launch("forward", problem, prepared, adapter, arrays, ("out", "lse") if want_lse else ("out",))
-    results = _give(lender, adapter, prepared, arrays, results, call.operands["q"])
+    if lender is not adapter:
+        results = _give(lender, adapter, prepared, arrays, results, call.operands["q"])
     return results["out"] if given is None else given, results.get("lse")
 
 
-def backward(call: Request) -> dict[str, Array]:
+def backward(lender: Adapter, call: Request) -> dict[str, Array]:
     """Run the backward pass of a request that also holds dout, out, lse and perhaps dlse: dq, dk, dv, perhaps dsinks."""
-    lender = common_adapter(call.operands)
     adapter, arrays, prepared = prepare(lender, call.operands, call.options)
     problem = _with_seed(prepared.problem, call)
     if prepared.backend == "numpy":
@@ -159,7 +159,7 @@ def backward(call: Request) -> dict[str, Array]:
     else:
         wanted = ("dq", "dk", "dv", "dsinks") if problem.sinks else ("dq", "dk", "dv")
         results = _launch("backward", problem, prepared, adapter, arrays, wanted)
-    return _give(lender, adapter, prepared, arrays, results, call.operands["q"])
+    return results if lender is adapter else _give(lender, adapter, prepared, arrays, results, call.operands["q"])
 
 
 _prepared: dict[tuple, Prepared] = {}  # single reads and writes only, so threads need no lock
@@ -208,7 +208,8 @@ def _prepare(adapter: Adapter, arrays: Operands, options: Options) -> Prepared:
         deterministic=options.deterministic,
         layout=layout,
     )
-    check_backend_dtype(problem.dtype, backend)
+    supported = DTYPES if backend == "numpy" else cuda_backend.DTYPES
+    check_backend_dtype(problem.dtype, backend, supported)
     results = {}
     for name, (shape, dtype) in _results(problem).items():
         named = to_canonical(shape, layout) if name in WITH_HEAD_DIM else shape
@@ -284,27 +285,23 @@ def _launch(
     direction: str, problem: Problem, prepared: Prepared, adapter: Adapter, arrays: Operands, wanted: tuple[str, ...]
 ) -> dict[str, Array]:
     """Run one pass on the arrays' device and the caller's current stream, its results in new arrays or in ``out``."""
-    from cuflash.backends import cuda_backend  # imports CuPy, which only GPU arrays need
-
     index = prepared.device_index
     views = {name: View(adapter.pointer(array), *prepared.operands[name], array) for name, array in arrays.items()}
     with adapter.on_device(index):
         for name in wanted:
             if name not in views:
                 shape, fields = prepared.results[name]
-                new = adapter.empty(shape, fields.dtype, index)
-                views[name] = View(new.pointer, *fields, new.owner)
-        run = cuda_backend.forward if direction == "forward" else cuda_backend.backward
-        run(problem, index, views, adapter.stream(index), lambda shape, dtype: adapter.empty(shape, dtype, index))
+                new = views[name] = adapter.empty(shape, fields.dtype, index)
+                new.shape, new.strides = fields.shape, fields.strides
+        launch = getattr(cuda_backend, direction)
+        launch(problem, index, views, adapter.stream(index), lambda shape, dtype: adapter.empty(shape, dtype, index))
     return {name: views[name].owner for name in wanted}
 
 
 def _give(
     lender: Adapter, adapter: Adapter, prepared: Prepared, arrays: Operands, results: dict[str, Array], like: Array
 ) -> dict[str, Array]:
-    """Return results as the caller's kind of array."""
-    if lender is adapter:
-        return results
+    """Return results of the native kind as the caller's kind of array."""
     with adapter.on_device(prepared.device_index):
         lender.hold(arrays)
         return {name: lender.give(array, like) for name, array in results.items()}

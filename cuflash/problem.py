@@ -25,7 +25,6 @@ MAX_DROPOUT_AXIS = 1 << 16  # the dropout counter packs batch and head into one 
 WIDEST_LOAD = 16  # bytes
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-GPU_DTYPES = ("float16", "bfloat16")
 NEAREST = {
     "score_mod": "softcap and alibi_slopes",
     "mask_mod": "causal, window_size, seqused_q and seqused_k",
@@ -310,8 +309,7 @@ def check_dropout(dropout_p: float, seed: int | None, offset: int) -> Dropout | 
     return Dropout(p, int(seed), int(offset))
 
 
-def check_backend_dtype(dtype: str, backend: str) -> None:
-    supported = DTYPES if backend == "numpy" else GPU_DTYPES
+def check_backend_dtype(dtype: str, backend: str, supported: tuple[str, ...]) -> None:
     if dtype not in supported:
         raise TypeError(f"q is {dtype}; the {backend} backend takes {' or '.join(supported)}")
 
