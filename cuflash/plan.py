@@ -11,19 +11,20 @@ from dataclasses import dataclass
 
 from cuflash.device import MB, DeviceInfo
 from cuflash.problem import WIDEST_LOAD, ArraySpec, Problem
-from cuflash.tiles import TileRow, row_for, rounded_head_dim
+from cuflash.tiles import TileRow, rounded_head_dim, row_for, tile_bytes
 
 ELEMENTS = {"bfloat16": "Bfloat16", "float16": "Float16"}
 ITEMSIZE = 2  # bytes of both
 BACKWARD_FLOPS = 2.5  # of a forward: five matrix products instead of two
 SINKS_THREADS = 256
+SINKS_BYTES = 4 * SINKS_THREADS // 32  # one partial sum per warp
 SECTION_BYTES = 32 * MB  # measured on H200: larger sections of keys and values no longer stay in L2
 SECTION_SHARE = 0.6  # of a smaller L2
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """Everything that decides a kernel's machine code: the file, the entry point, ``(name, C++ type, value)`` and the arch."""
+    """What decides machine code: file, entry point, ``(name, C++ type, value)`` of the Config, architecture."""
 
     source: str
     entry: str
@@ -74,14 +75,14 @@ class Plan:
     def bytes(self) -> int:
         """Bytes of the operands and results, each moved once, and of the workspace, written once and read once."""
         problem = self.problem
-        q, k, v, out = (math.prod(s) * ITEMSIZE for s in (problem.q.shape, problem.k.shape, problem.v.shape, problem.out_shape))
-        lse = math.prod(problem.lse_shape) * 4
+        shapes = (problem.q.shape, problem.k.shape, problem.v.shape, problem.out_shape)
+        operands, lse = sum(ITEMSIZE * math.prod(shape) for shape in shapes), 4 * math.prod(problem.lse_shape)
         if self.pass_ == "forward":
-            return q + k + v + out + lse
-        return 2 * (q + k + v + out) + lse + 2 * sum(4 * math.prod(shape) for shape, _ in self.workspace.values())
+            return operands + lse
+        return 2 * operands + lse + 2 * sum(4 * math.prod(shape) for shape, _ in self.workspace.values())
 
     def floor_us(self) -> float | None:
-        """Time that neither arithmetic nor memory traffic allows to beat, in microseconds; None on an unknown device."""
+        """Microseconds that arithmetic or memory traffic alone takes; None on a device of unknown rates."""
         if self.device.flops is None or self.device.bandwidth is None:
             return None
         return 1e6 * max(self.flops / self.device.flops, self.bytes / self.device.bandwidth)
@@ -124,9 +125,10 @@ def plan_forward(problem: Problem, device: DeviceInfo) -> Plan:
     [('forward_sm80', 128, 128)]
     """
     layout = problem.layout
-    tile = row_for(device, "forward", problem.head_dim, problem.head_dim_v, dropout=problem.dropout is not None)
+    tile = _tile(problem, device, "forward")
     config = _config(problem, tile)
-    step = _step(device, "forward_sm80", config, _blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch, tile)
+    grid = _blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch
+    step = _step(device, "forward_sm80", config, grid, tile)
     return Plan(
         problem=problem,
         device=device,
@@ -149,7 +151,7 @@ def plan_backward(problem: Problem, device: DeviceInfo) -> Plan:
     ['backward_prepare', 'backward_sm80', 'backward_finish']
     """
     layout = problem.layout
-    tile = row_for(device, "backward", problem.head_dim, problem.head_dim_v, dropout=problem.dropout is not None)
+    tile = _tile(problem, device, "backward")
     config = _config(problem, tile)
     q_blocks = _blocks(layout.seqlen_q, tile.block_m)
     q_grid = q_blocks * problem.num_heads * layout.batch
@@ -184,13 +186,19 @@ def plan_backward(problem: Problem, device: DeviceInfo) -> Plan:
 _SIZES = ("Element", "head_dim", "head_dim_v", "block_m", "block_n", "num_warps", "min_blocks", "num_stages")
 _WIDTHS = ("load_bytes", "store_bytes")
 _SCORES = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
+_DQ_TILE = ("Element", "head_dim", "block_m", "num_warps")
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
-    "backward_prepare": ("Element", "head_dim", "head_dim_v", "block_m", "num_warps", "load_bytes", "deterministic"),
+    "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic"),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "deterministic"),
-    "backward_finish": ("Element", "head_dim", "block_m", "num_warps", "store_bytes", "split_d", "deterministic"),
-    "backward_sinks": ("block_m",),
+    "backward_finish": (*_DQ_TILE, "store_bytes"),
+    "backward_sinks": (),
 }
+
+
+def _tile(problem: Problem, device: DeviceInfo, pass_: str) -> TileRow:
+    has_dropout = problem.dropout is not None
+    return row_for(device.shared_per_block, pass_, problem.head_dim, problem.head_dim_v, dropout=has_dropout)
 
 
 def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
@@ -213,7 +221,7 @@ def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
         "store_bytes": ("int", _width(problem, stored)),
         "window_left": ("bool", mask.left is not None),
         "window_right": ("bool", mask.right is not None),
-        # The scale folds into the softmax unless a modifier wants scaled scores; a maximum moves with a positive scale only.
+        # Folded into the softmax, the scale must be positive: a row's maximum is taken before it.
         "scale_first": ("bool", modifiers.softcap != 0 or modifiers.alibi or problem.softmax_scale <= 0),
         "softcap": ("bool", modifiers.softcap != 0),
         "alibi": ("bool", modifiers.alibi),
@@ -226,24 +234,27 @@ def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
 
 def _width(problem: Problem, arrays: list[ArraySpec]) -> int:
     """Widest access, in bytes, that every array's alignment allows and that ends exactly where its rows end."""
-    return math.gcd(WIDEST_LOAD, ITEMSIZE * problem.head_dim, ITEMSIZE * problem.head_dim_v, *(a.alignment for a in arrays))
+    rows = (ITEMSIZE * problem.head_dim, ITEMSIZE * problem.head_dim_v)
+    return math.gcd(WIDEST_LOAD, *rows, *(array.alignment for array in arrays))
 
 
 def _step(device: DeviceInfo, entry: str, config: dict[str, tuple[str, object]], grid: int, tile: TileRow) -> Step:
+    head_dim, head_dim_v = (config[name][1] for name in ("head_dim", "head_dim_v"))
+    threads, shared_bytes = {
+        "forward_sm80": (tile.threads, tile.shared_bytes(head_dim, head_dim_v)),
+        "backward_prepare": (tile.threads, 0),
+        "backward_sm80": (tile.threads, tile.shared_bytes(head_dim, head_dim_v)),
+        "backward_finish": (tile.threads, tile_bytes(tile.block_m, head_dim)),
+        "backward_sinks": (SINKS_THREADS, SINKS_BYTES),
+    }[entry]
     spec = KernelSpec(
         source=f"{entry}.cu",
         entry=entry,
         config=tuple((name, *config[name]) for name in CONFIG_FIELDS[entry]),
         arch=device.portable_arch,
     )
-    is_main = entry.endswith("_sm80")
-    return Step(
-        spec=spec,
-        grid=grid,
-        threads=SINKS_THREADS if entry == "backward_sinks" else tile.threads,
-        shared_bytes=tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1]) if is_main else 0,
-        min_blocks=tile.min_blocks if is_main else 1,
-    )
+    min_blocks = tile.min_blocks if "min_blocks" in CONFIG_FIELDS[entry] else 1
+    return Step(spec, grid, threads, shared_bytes, min_blocks)
 
 
 def _launchable(*steps: Step) -> tuple[Step, ...]:
@@ -276,13 +287,13 @@ def _clamped_sum(first: int, count: int, limit: int) -> int:
 
 
 def forward_section_heads(problem: Problem, device: DeviceInfo) -> int:
-    """Query heads whose keys and values stay in L2 together: a power of two of kv heads, times the group that shares each."""
+    """Query heads whose keys and values stay in L2 together: those of a power of two of kv heads."""
     per_kv_head = problem.layout.seqlen_k * (problem.head_dim + problem.head_dim_v) * ITEMSIZE
     return problem.group_size * _section(problem, device, per_kv_head)
 
 
 def backward_section_heads(problem: Problem, device: DeviceInfo) -> int:
-    """Kv heads whose groups' q, dout and float32 dq stay in L2 together: what the blocks of a kv head all read and add to."""
+    """Kv heads whose groups' q, dout and float32 dq stay in L2 together: all blocks of a kv head use these."""
     per_row = problem.head_dim * (ITEMSIZE + 4) + problem.head_dim_v * ITEMSIZE
     return _section(problem, device, problem.group_size * problem.layout.seqlen_q * per_row)
 

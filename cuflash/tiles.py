@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cuflash.device import KB, DeviceInfo
-
+KB = 1024
 CHUNK_COLUMNS = 64  # shared memory holds tiles as chunks of 64 columns
 CHUNK_ROW_BYTES = 2 * CHUNK_COLUMNS
 HEAD_DIM_STEP = 32  # kernels are compiled for multiples of this
@@ -59,70 +58,71 @@ class TileRow:
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Dynamic shared memory of the main kernel of the pass: the layout at the top of its .cu file.
 
-        >>> row_for(DeviceInfo.named("sm_90a"), "forward", 128, 128).shared_bytes(128, 128) // 1024
+        >>> row_for(227 * KB, "forward", 128, 128).shared_bytes(128, 128) // 1024
         96
         """
-        chunks_d, chunks_v = chunks(head_dim), chunks(head_dim_v)
-        rows_of_both = CHUNK_ROW_BYTES * (chunks_d + chunks_v)
         if self.pass_ == "forward":
-            q_or_out = self.block_m * CHUNK_ROW_BYTES * max(chunks_d, chunks_v)
-            return q_or_out + self.num_stages * self.block_n * rows_of_both
-        scores = self.block_n * CHUNK_ROW_BYTES * chunks(self.block_m)
-        per_stage = self.block_m * (rows_of_both + STATISTICS_BYTES)
-        return self.block_n * rows_of_both + self.num_stages * per_stage + scores * (2 if self.split_d > 1 else 1)
+            q_or_out = tile_bytes(self.block_m, max(head_dim, head_dim_v))
+            k_and_v = tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, head_dim_v)
+            return q_or_out + self.num_stages * k_and_v
+        k_and_v = tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, head_dim_v)
+        q_and_dout = tile_bytes(self.block_m, head_dim) + tile_bytes(self.block_m, head_dim_v)
+        ds_and_p = tile_bytes(self.block_n, self.block_m) * min(self.split_d, 2)
+        return k_and_v + self.num_stages * (q_and_dout + STATISTICS_BYTES * self.block_m) + ds_and_p
 
 
-def chunks(columns: int) -> int:
-    return -(-columns // CHUNK_COLUMNS)
+def tile_bytes(rows: int, columns: int) -> int:
+    """Bytes of a 16-bit tile in shared memory, where rows of 64 columns lie together."""
+    return -(-columns // CHUNK_COLUMNS) * rows * CHUNK_ROW_BYTES
 
 
 # fmt: off
 TILES = (
-    #       KB   pass        D    dropout  m    n  warps blocks stages split
-    TileRow(227, "forward",  64,  False,  128, 128,  4,    2,    2,    1, "unmeasured: 2 blocks of 80 KB share an SM"),
-    TileRow(227, "forward",  64,  True,   128,  64,  4,    2,    2,    1, "unmeasured: random bits need registers"),
-    TileRow(227, "forward",  96,  None,   128,  64,  4,    2,    2,    1, "unmeasured: 2 blocks of 96 KB share an SM"),
-    TileRow(227, "forward",  128, None,   128,  64,  4,    2,    2,    1, "unmeasured: 2 blocks of 96 KB share an SM"),
-    TileRow(227, "forward",  192, None,   128,  64,  8,    1,    2,    1, "unmeasured: 16 rows a warp keep out in registers"),
-    TileRow(227, "forward",  256, None,   128,  64,  8,    1,    2,    1, "unmeasured: 16 rows a warp keep out in registers"),
-    TileRow(163, "forward",  64,  False,  128, 128,  4,    2,    2,    1, "unmeasured: 2 blocks of 80 KB share an SM"),
-    TileRow(163, "forward",  64,  True,   128,  64,  4,    2,    2,    1, "unmeasured: random bits need registers"),
-    TileRow(163, "forward",  96,  None,   128,  64,  4,    2,    1,    1, "unmeasured: 1 stage lets 2 blocks share an SM"),
-    TileRow(163, "forward",  128, None,   128,  64,  4,    2,    1,    1, "unmeasured: 1 stage lets 2 blocks share an SM"),
-    TileRow(163, "forward",  192, None,   128,  64,  8,    1,    2,    1, "unmeasured: 144 KB, both stages fit"),
-    TileRow(163, "forward",  256, None,   128,  64,  8,    1,    1,    1, "unmeasured: 128 KB, one stage fits"),
-    TileRow(99,  "forward",  64,  None,   128,  64,  4,    2,    2,    1, "unmeasured: 2 blocks of 48 KB share an SM"),
-    TileRow(99,  "forward",  96,  None,   128,  32,  4,    2,    1,    1, "unmeasured: 2 blocks of 48 KB share an SM"),
-    TileRow(99,  "forward",  128, None,   128,  32,  4,    2,    1,    1, "unmeasured: 2 blocks of 48 KB share an SM"),
-    TileRow(99,  "forward",  192, None,   128,  32,  8,    1,    2,    1, "unmeasured: 96 KB, both stages fit"),
-    TileRow(99,  "forward",  256, None,    64,  64,  4,    1,    1,    1, "unmeasured: 96 KB, one stage fits"),
-    TileRow(227, "backward", 64,  None,    64, 128,  8,    1,    2,    1, "unmeasured: 16 keys a warp keep dk, dv in registers"),
-    TileRow(227, "backward", 128, None,    64, 128,  8,    1,    2,    1, "unmeasured: 16 keys a warp keep dk, dv in registers"),
-    TileRow(227, "backward", 256, None,    64,  64,  8,    1,    1,    2, "unmeasured: 2 warps split dk, dv of 16 keys"),
-    TileRow(163, "backward", 64,  None,    64, 128,  8,    1,    2,    1, "unmeasured: 16 keys a warp keep dk, dv in registers"),
-    TileRow(163, "backward", 128, None,    64, 128,  8,    1,    2,    1, "unmeasured: 16 keys a warp keep dk, dv in registers"),
-    TileRow(163, "backward", 256, None,    64,  64,  8,    1,    1,    2, "unmeasured: 2 warps split dk, dv of 16 keys"),
-    TileRow(99,  "backward", 64,  None,    64, 128,  8,    1,    2,    1, "unmeasured: 81 KB, both stages fit"),
-    TileRow(99,  "backward", 128, None,    64,  64,  8,    1,    1,    2, "unmeasured: 81 KB, one stage fits"),
-    TileRow(99,  "backward", 192, None,    32,  64,  8,    1,    1,    2, "unmeasured: 88 KB, one stage fits"),
-    TileRow(99,  "backward", 256, None,    32,  32,  4,    1,    1,    2, "unmeasured: 72 KB, one stage fits"),
+    #       KB   pass        D   dropout  m    n   warps blocks stages split
+    TileRow(227, "forward",  64,  False, 128, 128, 4,   2,   2,   1, "unmeasured: 2 blocks of 80 KB share an SM"),
+    TileRow(227, "forward",  64,  True,  128, 64,  4,   2,   2,   1, "unmeasured: random bits need registers"),
+    TileRow(227, "forward",  96,  None,  128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 96 KB share an SM"),
+    TileRow(227, "forward",  128, None,  128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 96 KB share an SM"),
+    TileRow(227, "forward",  192, None,  128, 64,  8,   1,   2,   1, "unmeasured: out in registers, 16 rows a warp"),
+    TileRow(227, "forward",  256, None,  128, 64,  8,   1,   2,   1, "unmeasured: out in registers, 16 rows a warp"),
+    TileRow(163, "forward",  64,  False, 128, 128, 4,   2,   2,   1, "unmeasured: 2 blocks of 80 KB share an SM"),
+    TileRow(163, "forward",  64,  True,  128, 64,  4,   2,   2,   1, "unmeasured: random bits need registers"),
+    TileRow(163, "forward",  96,  None,  128, 64,  4,   2,   1,   1, "unmeasured: 1 stage lets 2 blocks share an SM"),
+    TileRow(163, "forward",  128, None,  128, 64,  4,   2,   1,   1, "unmeasured: 1 stage lets 2 blocks share an SM"),
+    TileRow(163, "forward",  192, None,  128, 64,  8,   1,   2,   1, "unmeasured: 144 KB, both stages fit"),
+    TileRow(163, "forward",  256, None,  128, 64,  8,   1,   1,   1, "unmeasured: 128 KB, one stage fits"),
+    TileRow(99,  "forward",  64,  None,  128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
+    TileRow(99,  "forward",  96,  None,  128, 32,  4,   2,   1,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
+    TileRow(99,  "forward",  128, None,  128, 32,  4,   2,   1,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
+    TileRow(99,  "forward",  192, None,  128, 32,  8,   1,   2,   1, "unmeasured: 96 KB, both stages fit"),
+    TileRow(99,  "forward",  256, None,  64,  64,  4,   1,   1,   1, "unmeasured: 96 KB, one stage fits"),
+    TileRow(227, "backward", 64,  None,  64,  128, 8,   1,   2,   1, "unmeasured: dk, dv in registers, 16 keys a warp"),
+    TileRow(227, "backward", 128, None,  64,  128, 8,   1,   2,   1, "unmeasured: dk, dv in registers, 16 keys a warp"),
+    TileRow(227, "backward", 256, None,  64,  64,  8,   1,   1,   2, "unmeasured: 2 warps split dk, dv of 16 keys"),
+    TileRow(163, "backward", 64,  None,  64,  128, 8,   1,   2,   1, "unmeasured: dk, dv in registers, 16 keys a warp"),
+    TileRow(163, "backward", 128, None,  64,  128, 8,   1,   2,   1, "unmeasured: dk, dv in registers, 16 keys a warp"),
+    TileRow(163, "backward", 256, None,  64,  64,  8,   1,   1,   2, "unmeasured: 2 warps split dk, dv of 16 keys"),
+    TileRow(99,  "backward", 64,  None,  64,  128, 8,   1,   2,   1, "unmeasured: 81 KB, both stages fit"),
+    TileRow(99,  "backward", 128, None,  64,  64,  8,   1,   1,   2, "unmeasured: 81 KB, one stage fits"),
+    TileRow(99,  "backward", 192, None,  32,  64,  8,   1,   1,   2, "unmeasured: 88 KB, one stage fits"),
+    TileRow(99,  "backward", 256, None,  32,  32,  4,   1,   1,   2, "unmeasured: 72 KB, one stage fits"),
 )
 # fmt: on
 
 
-def row_for(device: DeviceInfo, pass_: str, head_dim: int, head_dim_v: int, *, dropout: bool = False) -> TileRow:
-    """Choose the row for a problem: the richest shared-memory class that the device has, the tightest head_dim bucket.
+def row_for(shared_per_block: int, pass_: str, head_dim: int, head_dim_v: int, *, dropout: bool = False) -> TileRow:
+    """Choose the row for a problem: the richest class that the device offers, the tightest head_dim bucket.
 
-    >>> row_for(DeviceInfo.named("sm_86"), "forward", 80, 40).block_n
+    >>> row_for(99 * KB, "forward", 80, 40).block_n
     32
     """
-    served = [row for row in rows_for(device, pass_) if row.head_dim >= max(head_dim, head_dim_v)]
+    served = [row for row in rows_for(shared_per_block, pass_) if row.head_dim >= max(head_dim, head_dim_v)]
     return next(row for row in served if row.dropout in (None, dropout))
 
 
-def rows_for(device: DeviceInfo, pass_: str) -> list[TileRow]:
+def rows_for(shared_per_block: int, pass_: str) -> list[TileRow]:
     """All rows of a pass for a device, by rising head_dim."""
-    offered = max(row.shared for row in TILES if row.shared * KB <= device.shared_per_block)
+    offered = max(row.shared for row in TILES if row.shared * KB <= shared_per_block)
     return [row for row in TILES if row.shared == offered and row.pass_ == pass_]
 
 

@@ -1,4 +1,4 @@
-"""Launches the kernels of a plan: the parameter struct of kernels_cu/params.cuh as bytes, addresses patched per call."""
+"""Launches the kernels of a plan: the struct of kernels_cu/params.cuh as bytes, with the addresses of each call."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class Launch:
 
 
 class _Parameters:
-    """The bytes of one parameter struct at a fixed address. A call owns one: launching releases the interpreter lock."""
+    """The bytes of one parameter struct at a fixed address. A call owns one: a launch releases the interpreter lock."""
 
     __slots__ = ("_argument", "_pinned", "arguments", "bytes")
 
