@@ -202,8 +202,8 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
       if constexpr (kSplit > 1) tile::store_operand<kBlockN>(p_tile, warp_key + tile::kSlabRows * s, warp_query, p[s]);
     }
 
-    if constexpr (kSplit == 1) tile::multiply_registers<Element>(dv, p, tile::RowsFirst<kBlockM>(dout_tile), 0, 0);
     arch::block_barrier();  // the dS of all warps is in shared memory
+    if constexpr (kSplit == 1) tile::multiply_registers<Element>(dv, p, tile::RowsFirst<kBlockM>(dout_tile), 0, 0);
 
     float dq[Share::kSlabs][Share::kColumns / 2];
 #pragma unroll
