@@ -103,7 +103,7 @@ def oracle_forward(
     seqused_k: np.ndarray | None = None,
     dtype: np.dtype | type = np.float64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The dense formula in ``dtype``: out (batch, seqlen_q, num_heads, head_dim_v), lse (batch, num_heads, seqlen_q)."""
+    """out (batch, seqlen_q, num_heads, head_dim_v), lse (batch, num_heads, seqlen_q) of the dense formula."""
     arrays = Arrays(q, k, v, None, None, alibi_slopes, sinks, seqused_q, seqused_k)
     outputs = _dense(problem, arrays, np.dtype(dtype), _exactly)
     return outputs["out"], outputs["lse"]
@@ -123,7 +123,7 @@ def oracle_backward(
     seqused_k: np.ndarray | None = None,
     dtype: np.dtype | type = np.float64,
 ) -> dict[str, np.ndarray | None]:
-    """Gradients ``dq``, ``dk``, ``dv`` and ``dsinks`` (None without sinks) of the dense formula in ``dtype``."""
+    """Gradients ``dq``, ``dk``, ``dv`` and ``dsinks`` (None without sinks) of the dense formula."""
     arrays = Arrays(q, k, v, dout, dlse, alibi_slopes, sinks, seqused_q, seqused_k)
     return _gradients(_dense(problem, arrays, np.dtype(dtype), _exactly))
 

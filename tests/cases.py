@@ -169,7 +169,7 @@ def _lengths() -> list[Case]:
     cases += [
         Case("length-zero-queries", seqlen_q=0),
         Case("length-zero-keys", seqlen_k=0),
-        Case("length-zero-keys-sinks", seqlen_k=0, num_heads=8, sinks=True, dlse=True),
+        Case("length-zero-keys-sinks", **FEATURES["sinks"], seqlen_k=0, dlse=True),
         Case("length-zero-both", seqlen_q=0, seqlen_k=0),
         Case("length-zero-batch", batch=0),
     ]
@@ -196,7 +196,7 @@ def _heads() -> list[Case]:
 def _masks() -> list[Case]:
     windows = [(0, 0), (5, 0), (0, 9), (64, 64), (-1, 3), (3, -1), (1000, 1000), (129, 17)]
     cases = [
-        Case(f"window-{left}-{right}-{n_q}x{n_k}", seqlen_q=n_q, seqlen_k=n_k, window_size=(left, right), dtype="float16")
+        Case(f"window-{left}-{right}-{n_q}x{n_k}", seqlen_q=n_q, seqlen_k=n_k, window_size=(left, right))
         for (left, right), (n_q, n_k) in itertools.product(windows, ((203, 203), (65, 203), (203, 65)))
     ]
     cases += [
@@ -222,9 +222,9 @@ def _features() -> list[Case]:
         Case("dropout-tiny", dropout_p=1e-6),
         Case("dropout-large", dropout_p=0.9, seqlen_k=203),
         Case("empty-rows", seqlen_q=203, seqlen_k=65, causal=True, dlse=True),
-        Case("empty-rows-sinks", num_heads=8, seqlen_q=203, seqlen_k=65, causal=True, sinks=True, dlse=True),
+        Case("empty-rows-sinks", **FEATURES["sinks"], seqlen_q=203, seqlen_k=65, causal=True, dlse=True),
         Case("used-zero", batch=4, seqused_q=(0, 113, 0, 1), seqused_k=(50, 0, 0, 1), causal=True),
-        Case("used-zero-sinks", batch=3, num_heads=8, seqused_q=(0, 113, 20), seqused_k=(50, 0, 113), sinks=True, dlse=True),
+        Case("used-zero-sinks", **FEATURES["sinks"], batch=3, seqused_q=(0, 113, 20), seqused_k=(50, 0, 9), dlse=True),
         Case("used-k-tile-edges", batch=3, seqlen_k=256, seqused_k=(64, 128, 129)),
         Case("used-q-tile-edges", batch=3, seqlen_q=256, seqused_q=(64, 128, 129), causal=True),
         Case("deterministic", seqlen_q=203, seqlen_k=203, num_heads=4, num_kv_heads=2, causal=True, deterministic=True),
