@@ -35,18 +35,17 @@ def render(text: str, results: Path = RESULTS) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(value).replace('|', chr(92) + '|') for value in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(str(value) for value in line)} |" for line in lines)
 
 
 def taken_on(rows: Iterable[Row]) -> str:
     """The environments that rows were measured in, for below a table."""
-    seen = {
-        (row["gpu"], row["driver"], row["nvrtc"], row["date"][:10], row["source_hash"]): None for row in rows
-    }  # fmt: skip
+    columns = ("gpu", "driver", "nvrtc", "date", "source_hash")
     parts = []
-    for gpu, driver, nvrtc, date, source_hash in seen:
+    for row in newest((row | {"date": row["date"][:10]} for row in rows), *columns):
+        gpu, driver, nvrtc, day, source_hash = (row[column] for column in columns)
         versions = "".join(f", {name} {value}" for name, value in (("driver", driver), ("NVRTC", nvrtc)) if value)
-        parts.append(f"{gpu.replace('none; ', '')}{versions}, {date}, code `{source_hash}`")
+        parts.append(f"{gpu.removeprefix('none; ')}{versions}, {day}, code `{source_hash}`")
     return f"\n\n<sub>{'; '.join(parts)}</sub>"
 
 
@@ -58,21 +57,30 @@ def newest(rows: Iterable[Row], *columns: str) -> list[Row]:
     return list(found.values())
 
 
+def pass_of(row: Row) -> str:
+    return PASSES.get(row["pass"], row["pass"])
+
+
 def cell_of(row: Row) -> Cell:
-    types = Cell.__annotations__
-    return Cell(**{column: int(row[column]) if types[column] == "int" else row[column] for column in PROBLEM_COLUMNS})
+    is_int = {column: Cell.__annotations__[column] == "int" for column in PROBLEM_COLUMNS}
+    return Cell(**{column: int(row[column]) if is_int[column] else row[column] for column in PROBLEM_COLUMNS})
 
 
 def support(results: Path) -> str:
-    rows = cuflash.supports()
-    return table(list(rows[0]), [list(row.values()) for row in rows])
+    """A line for each feature and a column for each backend: the dtypes that it runs with there."""
+    by_feature: dict[tuple[str, str], dict[str, str]] = {}
+    for row in cuflash.supports():
+        by_feature.setdefault((row.keyword, row.feature), {})[row.backend] = ", ".join(row.dtypes) or "not yet"
+    found = list(dict.fromkeys(backend for dtypes in by_feature.values() for backend in dtypes))
+    lines = [(f"`{keyword}`", feature, *map(dtypes.get, found)) for (keyword, feature), dtypes in by_feature.items()]
+    return table(("keyword", "feature", *(f'`backend="{backend}"`' for backend in found)), lines)
 
 
 def minilm(results: Path) -> str:
     rows = newest(read_rows(results / "minilm.csv"), "arrays", "dtype")
     if not rows:
         return "No record yet: `python -m tests.examples.minilm --record`."
-    header = ("arrays", "dtype of q, k, v", "passages", "tokens", "seconds", "compared", "smallest cosine", "first answers")
+    header = ("arrays", "q, k, v", "passages", "tokens", "seconds", "compared", "smallest cosine", "first answers")
     columns = ("arrays", "dtype", "passages", "tokens", "seconds", "checked", "min_cosine", "top_hits")
     answers = (row | {"top_hits": row["top_hits"].replace("; ", "<br>").replace("->", "→")} for row in rows)
     return table(header, [[row[column] for column in columns] for row in answers]) + taken_on(rows)
@@ -93,7 +101,7 @@ def speed(results: Path) -> str:
         for pass_ in PASSES:
             line += compare(by_call.get((cell, pass_), {}))
         lines.append(line)
-    header = ["cell", *(f"{PASSES[pass_]}{column}" for pass_ in PASSES for column in (", TFLOP/s", ", best peer", ", ratio"))]
+    header = ["cell", *(f"{name}{of}" for name in PASSES.values() for of in (", TFLOP/s", ", best peer", ", ratio"))]
     every = [row for rows in by_call.values() for row in rows.values()]
     return f"{ratios(by_call)}\n\n{table(header, lines)}{taken_on(every)}"
 
@@ -151,7 +159,7 @@ def memory(results: Path) -> str:
     if not rows:
         return "No record yet: `python -m benchmarks.memory`."
     lines = [
-        (row["provider"], cell_of(row).name, PASSES.get(row["pass"], row["pass"]), f"{float(row['extra_bytes']) / 2**20:.1f}")
+        (row["provider"], cell_of(row).name, pass_of(row), f"{float(row['extra_bytes']) / 2**20:.1f}")
         for row in rows
         if row["extra_bytes"]
     ]
@@ -163,10 +171,10 @@ def host(results: Path) -> str:
     starts = newest(read_rows(results / "compile.csv"), "pass", "start", *PROBLEM_COLUMNS)
     parts = []
     if calls:
-        lines = [(row["provider"], row["arrays"], PASSES.get(row["pass"], row["pass"]), row["us_per_call"]) for row in calls]
+        lines = [(row["provider"], row["arrays"], pass_of(row), row["us_per_call"]) for row in calls]
         parts.append(table(("provider", "arrays", "pass", "host time a call, µs"), lines) + taken_on(calls))
     if starts:
-        lines = [(cell_of(row).name, PASSES.get(row["pass"], row["pass"]), row["start"], row["seconds"]) for row in starts]
+        lines = [(cell_of(row).name, pass_of(row), row["start"], row["seconds"]) for row in starts]
         parts.append(table(("cell", "pass", "first call from", "seconds"), lines) + taken_on(starts))
     return "\n\n".join(parts) or "No record yet: `python -m benchmarks.host`."
 
@@ -175,7 +183,7 @@ def energy(results: Path) -> str:
     rows = newest(read_rows(results / "energy.csv"), "provider", "pass", *PROBLEM_COLUMNS)
     if not rows:
         return "No record yet: `python -m benchmarks.energy`."
-    lines = [(row["provider"], cell_of(row).name, PASSES.get(row["pass"], row["pass"]), row["joules_per_call"]) for row in rows]
+    lines = [(row["provider"], cell_of(row).name, pass_of(row), row["joules_per_call"]) for row in rows]
     return table(("provider", "cell", "pass", "joules a call, idle subtracted"), lines) + taken_on(rows)
 
 

@@ -1,0 +1,117 @@
+"""The README keeps its promises: two commands, code that runs, tables made from the records as they are now."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme
+from benchmarks.record import ENVIRONMENT_COLUMNS, PROBLEM_COLUMNS, SPEED_COLUMNS
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+FRAMEWORKS = ("cupy", "torch", "jax")
+
+
+def code_blocks(language: str) -> list[str]:
+    """Blocks of one language, pushed down by empty lines so that errors name the README's own lines."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+    return ["\n" * TEXT.count("\n", 0, match.start(1)) + match[1] for match in found]
+
+
+def run(blocks: list[str]) -> None:
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def frameworks_of(block: str) -> list[str]:
+    imported = re.findall(r"^import (.*)$", block, flags=re.MULTILINE)
+    return [name for name in FRAMEWORKS if re.search(rf"\b{name}\b", " ".join(imported))]
+
+
+HOST_BLOCKS = [block for block in code_blocks("python") if not frameworks_of(block)]
+DEVICE_BLOCKS = [block for block in code_blocks("python") if frameworks_of(block)]
+
+
+def test_first_block_is_two_commands():
+    install_and_run, install_and_test = code_blocks("sh")[0].split("\n")[-3:-1]
+    assert code_blocks("sh")[0].strip().count("\n") == 1
+    assert "pip install ." in install_and_run and install_and_run.endswith("-m cuflash")
+    assert "pip install -e '.[test]'" in install_and_test and "-m pytest" in install_and_test
+
+
+def test_gpu_block_differs_by_an_extra():
+    plain, gpu = code_blocks("sh")[:2]
+    assert gpu.strip().split("\n")[0] == plain.strip().split("\n")[0].replace("install .", "install '.[cuda13]'")
+
+
+def test_python_blocks_run_on_numpy():
+    assert len(HOST_BLOCKS) >= 4
+    run(HOST_BLOCKS)
+
+
+def test_a_wrong_block_fails():
+    with pytest.raises(AssertionError):
+        run([*HOST_BLOCKS, "assert np.allclose(acc, out[0, :, 0])"])
+
+
+@pytest.mark.gpu
+def test_python_blocks_run_on_a_device():
+    for framework in FRAMEWORKS:
+        pytest.importorskip(framework, reason=f"{framework} is not installed")
+    run([HOST_BLOCKS[0], *DEVICE_BLOCKS])
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)", TEXT)
+    assert targets and [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_generated_parts_are_up_to_date():
+    assert readme.render(TEXT) == TEXT, "run `python -m benchmarks.readme`"
+
+
+def test_every_generated_part_is_shown():
+    assert {name for _, name, _, _ in readme.PART.findall(TEXT)} == set(readme.PARTS)
+
+
+def test_an_old_part_is_renewed(tmp_path):
+    text = "<!-- generated: energy -->\nold\n<!-- end: energy -->\n"
+    assert readme.render(text, tmp_path) == text.replace("old", "No record yet: `python -m benchmarks.energy`.")
+
+
+def test_no_number_is_typed():
+    """Outside the generated parts the README names no measured quantity."""
+    prose = readme.PART.sub("", TEXT)
+    assert re.findall(r"\d[\d.,]*\s*(?:TFLOP|GB/s|TB/s|ms\b|µs|us\b|seconds|times faster|x faster|%)", prose) == []
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Records of two runs of one cell: only the newer one counts, and only what passed its gate."""
+    problem = dict(zip(PROBLEM_COLUMNS, ("bfloat16", 8, 2048, 2048, 32, 32, 64, 64, "causal", "plain"), strict=True))
+    environment = dict(zip(ENVIRONMENT_COLUMNS, ("2026-01-02T03:04:05Z", "abc", "GPU", "1", "2"), strict=True))
+    measured = [
+        ("cuflash", "old", 100, True), ("torch_flash", "old", 400, True),
+        ("cuflash", "new", 300, True), ("torch_flash", "new", 200, True),
+        ("fa3", "new", 250, True), ("fa4", "new", 999, False),
+    ]  # fmt: skip
+    with (tmp_path / "speed.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, SPEED_COLUMNS)
+        writer.writeheader()
+        for provider, run_, tflops, ok in measured:
+            row = {"provider": provider, "pass": "fwd", "run": run_, "tflops": tflops, "ok": ok}
+            writer.writerow(environment | problem | row)
+    return tmp_path
+
+
+def test_speed_compares_within_the_newest_run(results):
+    lines = readme.speed(results).splitlines()
+    assert "| d64-causal-2k | 300 | 250 (fa3) | 1.20 | – | – | – |" in lines
+    assert "| forward | torch_flash | 1 | 1.50 | 1.50 (d64-causal-2k) |" in lines
+    assert not any("fa4" in line for line in lines)
+    assert lines[-1] == "<sub>GPU, driver 1, NVRTC 2, 2026-01-02, code `abc`</sub>"
