@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from cuflash.api import Gradients, attention, attention_backward, backends, explain, supports, vjp, warmup
 from cuflash.dropout import dropout_mask
+from cuflash.merging import merge
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "backends",
     "dropout_mask",
     "explain",
+    "merge",
     "supports",
     "vjp",
     "warmup",

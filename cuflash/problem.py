@@ -23,6 +23,7 @@ MAX_HEAD_DIM = 256
 MAX_LENGTH = 1 << 30  # of an axis or a window: kernels add two of them in 32 bits
 MAX_DROPOUT_AXIS = 1 << 16  # the dropout counter packs batch and head into one 32-bit word
 WIDEST_LOAD = 16  # bytes
+FLOAT32_TINY, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 NEAREST = {
@@ -277,15 +278,14 @@ def check_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return head_dim**-0.5
     scale = _check_real("softmax_scale", softmax_scale)
-    if not abs(scale) <= np.finfo(np.float32).max:
+    if not abs(scale) <= FLOAT32_MAX:
         raise ValueError(f"softmax_scale is {softmax_scale!r}; it must be a finite float32 number")
     return scale
 
 
 def check_softcap(softcap: float) -> float:
     cap = _check_real("softcap", softcap)
-    limits = np.finfo(np.float32)
-    if cap != 0 and not limits.tiny <= cap <= limits.max:
+    if cap != 0 and not FLOAT32_TINY <= cap <= FLOAT32_MAX:
         raise ValueError(f"softcap is {softcap!r}; it must be 0 (off) or a positive, finite, normal float32 number")
     return cap
 
