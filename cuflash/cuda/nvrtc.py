@@ -58,7 +58,8 @@ def compile_text(text: str, arch: str, *, name: str = "kernel.cu") -> CompileRep
             raise CompileError(f"{name} for {arch}: {error}\n{nvrtc.getProgramLog(program)}") from error
         seconds = time.perf_counter() - start
         log = nvrtc.getProgramLog(program)
-        return _report(nvrtc.getCUBIN(program), log, seconds)
+        # CuPy takes the last byte for the end of a string and drops it: a zero, the end of the last program header.
+        return _report(nvrtc.getCUBIN(program) + b"\0", log, seconds)
     finally:
         nvrtc.destroyProgram(program)
 
