@@ -168,8 +168,7 @@ def vjp(q: Array, k: Array, v: Array, **keywords) -> tuple[Array | tuple[Array, 
     if keywords.get("dropout_p") and keywords.get("seed") is None:
         keywords["seed"] = _draw_seed()
     call = dispatch.request(q, k, v, **keywords)
-    _check_keeps_q(call)
-    out, lse = dispatch.forward(common_adapter(call.operands), call, want_lse=True)
+    out, lse = dispatch.forward(common_adapter(call.operands), call, want_lse=True, keeps_q=True)
     keywords.pop("out", None)
 
     def pullback(dout: Array, dlse: Array | None = None) -> Gradients:
@@ -390,8 +389,3 @@ def _explain_host(problem: Problem) -> str:
 
 def _draw_seed() -> int:
     return int(np.random.randint(0, 2**63 - 1, dtype=np.int64))
-
-
-def _check_keeps_q(call: dispatch.Request) -> None:
-    if call.operands.get("out") is call.operands["q"]:
-        raise ValueError("out is q; vjp still needs q for its gradients, so out must be another array")

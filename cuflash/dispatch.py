@@ -133,14 +133,15 @@ def request(
     return Request(operands, options, seed, offset, return_lse)
 
 
-def forward(lender: Adapter, call: Request, *, want_lse: bool) -> tuple[Array, Array | None]:
+def forward(lender: Adapter, call: Request, *, want_lse: bool, keeps_q: bool = False) -> tuple[Array, Array | None]:
     """Run the forward pass; the results are the caller's kind of array, in the caller's layout."""
     adapter, arrays, prepared = prepare(lender, call.operands, call.options)
     problem = _with_seed(prepared.problem, call)
     given = call.operands.get("out")
     if given is not None:
         views = {name: adapter.view(array) for name, array in arrays.items()}
-        check_out(views, writable=lender.is_writable(given) and adapter.is_writable(arrays["out"]))
+        writable = lender.is_writable(given) and adapter.is_writable(arrays["out"])
+        check_out(views, writable=writable, keeps_q=keeps_q)
     if prepared.backend == "numpy":
         results = _forward_on_host(problem, prepared, arrays)
     else:

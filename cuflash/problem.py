@@ -253,7 +253,7 @@ class Problem:
 
 
 def check_layout(layout: str) -> None:
-    if layout not in CANONICAL_AXES:
+    if not isinstance(layout, str) or layout not in CANONICAL_AXES:
         raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(map(repr, CANONICAL_AXES))}")
 
 
@@ -321,19 +321,18 @@ def check_used_lengths(name: str, lengths: np.ndarray, longest: int) -> None:
             raise ValueError(f"{name} has {length}; it must lie between 0 and the allocated {longest}")
 
 
-def check_out(views: Mapping[str, View], *, writable: bool) -> None:
-    """Check that ``out`` can be written without changing what is still to be read."""
+def check_out(views: Mapping[str, View], *, writable: bool, keeps_q: bool = False) -> None:
+    """Check that ``out`` can be written without changing what is still to be read; ``keeps_q`` forbids ``out=q`` too."""
     out = views["out"]
     if not writable:
         raise ValueError("out is read-only; it must be writable")
     if _overlaps_itself(out):
         raise ValueError(f"out has strides {out.strides} for shape {out.shape}; no two elements may share memory")
-    in_place = (out.pointer, out.shape, out.strides)
+    rule = "vjp reads it again" if keeps_q else "only out=q itself, with head_dim_v equal to head_dim, works in place"
     for name, view in views.items():
-        if name == "out" or (name == "q" and (view.pointer, view.shape, view.strides) == in_place):
-            continue
-        if _overlap(out, view):
-            raise ValueError(f"out overlaps {name}; only out=q itself, with head_dim_v equal to head_dim, works in place")
+        is_q = name == "q" and (view.pointer, view.shape, view.strides) == (out.pointer, out.shape, out.strides)
+        if name != "out" and (keeps_q or not is_q) and _overlap(out, view):
+            raise ValueError(f"out overlaps {name}; {rule}")
 
 
 def refuse_unlanded(**keywords: object) -> None:
