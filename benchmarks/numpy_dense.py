@@ -1,11 +1,14 @@
 """The NumPy backend beside the dense formula in NumPy: time and peak memory on a machine without a GPU.
 
-    PYTHONPATH=. python -m benchmarks.numpy_dense
+    OPENBLAS_NUM_THREADS=1 PYTHONPATH=. python -m benchmarks.numpy_dense
+
+One BLAS thread makes the two comparable on a machine that does other work too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,7 @@ from benchmarks.workloads import Cell
 
 COLUMNS = (
     *record.ENVIRONMENT_COLUMNS, "provider", "pass", *record.PROBLEM_COLUMNS, "run",
-    "ms_median", "ms_p20", "ms_p80", "peak_bytes", "max_error_ratio", "ok",
+    "ms_median", "ms_p20", "ms_p80", "peak_bytes", "blas_threads", "max_error_ratio", "ok",
 )  # fmt: skip
 CELL = Cell(1, 4096, 4096, 1, 1, 64, 64, "causal", "plain", "float32")
 
@@ -64,7 +67,8 @@ def measure(cell: Cell, rounds: int) -> list[dict]:
         {
             **environment, "provider": name, "pass": "fwd", **cell.problem_columns(), "run": run,
             "ms_median": f"{sample.median:.6g}", "ms_p20": f"{sample.p20:.6g}", "ms_p80": f"{sample.p80:.6g}",
-            "peak_bytes": peak_bytes(calls[name]), "max_error_ratio": f"{ratios[name]:.4g}", "ok": ratios[name] <= 1,
+            "peak_bytes": peak_bytes(calls[name]), "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
+            "max_error_ratio": f"{ratios[name]:.4g}", "ok": ratios[name] <= 1,
         }
         for name, sample in samples.items()
     ]  # fmt: skip
