@@ -53,7 +53,12 @@ def run() -> Run:
         memory = Memory([data] if registered else [], [out, turn])
         kernel = twin.Kernel(library, entry)
         kernel.launch(
-            params, grid=grid, threads=threads, shared_bytes=shared_bytes, memory=memory, schedule=schedule
+            ctypes.addressof(params),
+            grid=grid,
+            threads=threads,
+            shared_bytes=shared_bytes,
+            memory=memory,
+            schedule=schedule,
         )
         return out
 

@@ -88,7 +88,7 @@ class Kernel:
 
     def launch(
         self,
-        params: np.ndarray | bytes,
+        params: int,
         *,
         grid: int,
         threads: int,
@@ -96,7 +96,10 @@ class Kernel:
         memory: Memory,
         schedule: Schedule = Schedule(),
     ) -> None:
-        """Run the grid to its end; raises TwinError where the kernel breaks a rule."""
+        """Run the grid to its end; ``params`` is the address of the kernel's argument.
+
+        Raises TwinError where the kernel breaks a rule.
+        """
         allocations = memory.allocations()
         message = ctypes.create_string_buffer(1024)
         launch = _Launch(
@@ -112,7 +115,7 @@ class Kernel:
             len(message),
         )
         function = getattr(_load(self.library), f"launch_{self.entry}")
-        if function(ctypes.byref(launch), ctypes.c_char_p(bytes(params))):
+        if function(ctypes.byref(launch), ctypes.c_void_p(params)):
             raise TwinError(message.value.decode())
 
 

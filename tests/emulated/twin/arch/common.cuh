@@ -24,6 +24,9 @@ constexpr int kWarpSize = 32;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -44,12 +47,7 @@ DEVICE float infinity() { return std::numeric_limits<float>::infinity(); }
 DEVICE int block_index() { return twin::block_index(); }
 DEVICE int thread_index() { return twin::thread_index(); }
 DEVICE int lane_index() { return twin::thread_index() % kWarpSize; }
-// A shuffle on the device: all lanes must come here.
-DEVICE int warp_index(Where where = {}) {
-  char nothing = 0;
-  twin::meet("warp_index", &nothing, [](void* const*) {}, where);
-  return twin::thread_index() / kWarpSize;
-}
+DEVICE int warp_index() { return twin::thread_index() / kWarpSize; }
 
 DEVICE void block_barrier(Where where = {}) { twin::block_barrier(where); }
 DEVICE void warp_barrier(Where where = {}) { twin::warp_barrier(where); }

@@ -1,0 +1,88 @@
+"""The backward kernels on the host twin: every gradient against the oracle, under schedules that the hardware may choose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cases import Case, select
+from cuflash.backends import numpy_backend
+from cuflash.dropout import keep_mask
+from cuflash.problem import Problem
+from cuflash.testing import Arrays, check, error_bound
+from emulated.emulation import Emulation, Schedule, backward, problem_of
+from emulated.test_forward import BY_ID, emulation_of
+
+SMALL_TILES = {
+    "16 keys a warp": (("block_m", 32), ("block_n", 32), ("num_warps", 2), ("num_stages", 2), ("split_d", 1)),
+    "32 keys a warp": (("block_m", 32), ("block_n", 64), ("num_warps", 2), ("num_stages", 1), ("split_d", 1)),
+    "warps share keys": (("block_m", 32), ("block_n", 32), ("num_warps", 4), ("num_stages", 1), ("split_d", 2)),
+}
+
+QUICK = """
+    length-1 length-65 length-203x113-full length-1x203-causal length-511x2-causal-top-left length-129x63-causal
+    length-zero-queries length-zero-keys-sinks length-zero-batch
+    head-dim-1-1-bfloat16 head-dim-40-59-float16 head-dim-128-128-float16 head-dim-192-128-bfloat16
+    head-dim-256-256-float16 heads-6-2 window-5-0-65x203 window--1-3-203x65 window-top-left-empty-tail
+    softcap-float16 alibi-float16 sinks+dlse dropout-float16 gqa used softcap+dropout
+    softmax-scale-negative empty-rows-sinks used-zero deterministic richest-64-bfloat16
+    strides-transposed-64 strides-sliced-40 strides-odd-59 strides-reversed-64
+""".split()
+
+
+def sources_of(case: Case | None = None, **others: object) -> list[tuple[str, tuple[str, ...]]]:
+    if case is None:
+        return []
+    emulation = emulation_of(case)
+    return emulation.sources(emulation.plan_backward(problem_of(case.problem(), case.arrays())))
+
+
+def operands(case: Case) -> tuple[Problem, Arrays, np.ndarray, np.ndarray]:
+    """A case with what a forward left behind."""
+    arrays = case.arrays()
+    problem = problem_of(case.problem(), arrays)
+    return problem, arrays, *numpy_backend.forward(problem, arrays.q, arrays.k, arrays.v, **arrays.features)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id, marks=[] if case.id in QUICK else pytest.mark.slow) for case in select()]
+)
+def test_case(case: Case) -> None:
+    problem, arrays, out, lse = operands(case)
+    report = check(backward(problem, arrays, out, lse, emulation_of(case)), problem, arrays)
+    assert report.ok, f"\n{report}"
+
+
+def test_quick_cases_exist() -> None:
+    assert set(QUICK) <= {case.id for case in select()}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("tile", SMALL_TILES)
+def test_which_gradients_repeat_bit_for_bit(tile: str, deterministic: bool) -> None:
+    """dk, dv and dsinks always; dq, to which many blocks add, only where it is asked for."""
+    case = replace(BY_ID["richest-64-bfloat16"], deterministic=deterministic)
+    problem, arrays, out, lse = operands(case)
+    bounds = error_bound(problem, arrays)
+    results = []
+    for seed in range(6):
+        schedule = Schedule(seed, resident_blocks=1 + 2 * seed)
+        results.append(backward(problem, arrays, out, lse, Emulation(tile=SMALL_TILES[tile], schedule=schedule)))
+        report = check(results[-1], problem, arrays, bounds)
+        assert report.ok, f"\n{report}"
+    repeats = {name: len({result[name].tobytes() for result in results}) == 1 for name in results[0]}
+    assert repeats == {"dq": deterministic, "dk": True, "dv": True, "dsinks": True}
+
+
+@pytest.mark.parametrize("tile", SMALL_TILES)
+def test_drops_what_the_documented_counter_drops(tile: str) -> None:
+    """With the identity as the gradient of out, dv is the transposed matrix of probabilities with its holes."""
+    case = Case("dropout", batch=2, seqlen_q=64, seqlen_k=113, num_heads=3, num_kv_heads=3, dropout_p=0.3)
+    problem, arrays, out, lse = operands(case)
+    arrays.dout[...] = np.eye(64, dtype=arrays.dout.dtype)[None, :, None]
+    dv = backward(problem, arrays, out, lse, Emulation(tile=SMALL_TILES[tile]))["dv"]
+    for batch, head in np.ndindex(2, 3):
+        keep = keep_mask(problem.dropout, batch, head, np.arange(64), np.arange(113))
+        np.testing.assert_array_equal(dv[batch, :, head] != 0, keep.T)
