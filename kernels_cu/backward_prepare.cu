@@ -1,7 +1,6 @@
 // Before the backward: the row sums delta = rowsum(dout * out) - dlse, log-sum-exps in base 2, and a cleared accumulator for dq.
 // One CTA takes block_m rows of one head.
 #include "arch/common.cuh"
-#include "tile/fragment.cuh"
 #include "tile/gradient.cuh"
 #include "tile/mask.cuh"
 #include "tile/scheduler.cuh"
@@ -16,14 +15,17 @@ constexpr int kRowThreads = Config::head_dim_v >= 128 ? 16 : 8;  // threads that
 constexpr int kPieceColumns = Config::load_bytes / 2;
 constexpr int kWords = kPieceColumns == 1 ? 1 : kPieceColumns / 2;
 
-// Part of the product of two rows: the columns of this thread, `columns` in all.
+// This thread's part of the product of two rows: `columns` in all, none where the row is absent.
 DEVICE float partial_dot(const char* a, const char* b, int columns) {
   float sum = 0.f;
-  for (int column = static_cast<uint32>(arch::thread_index()) % kRowThreads * kPieceColumns; column < columns;
-       column += kRowThreads * kPieceColumns) {
-    uint32 words_a[kWords], words_b[kWords];
-    arch::load_global<Config::load_bytes>(words_a, a + 2 * column);
-    arch::load_global<Config::load_bytes>(words_b, b + 2 * column);
+#pragma unroll
+  for (int c = 0; c < Config::head_dim_v; c += kRowThreads * kPieceColumns) {
+    const int column = c + static_cast<uint32>(arch::thread_index()) % kRowThreads * kPieceColumns;
+    uint32 words_a[kWords] = {}, words_b[kWords] = {};
+    if (column < columns) {
+      arch::load_global<Config::load_bytes>(words_a, a + 2 * column);
+      arch::load_global<Config::load_bytes>(words_b, b + 2 * column);
+    }
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       sum = arch::multiply_add(arch::unpack_low<Element>(words_a[w]), arch::unpack_low<Element>(words_b[w]), sum);
@@ -44,11 +46,14 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
   const tile::HeadRows<Element> out_rows(params.out, batch, head), dout_rows(params.dout, batch, head);
   const int first_row = m_block * kBlockM;
 
-#pragma unroll 1
+  using Share = tile::DqShare<Config>;
+  Share::clear(params, batch, head, m_block);
+
+#pragma unroll 4
   for (int r = static_cast<uint32>(arch::thread_index()) / kRowThreads; r < kBlockM; r += kThreads / kRowThreads) {
     const int row = first_row + r;
     const bool present = row < sequence.seqlen_q;
-    float delta = present ? partial_dot(out_rows.row(row), dout_rows.row(row), shape.head_dim_v) : 0.f;
+    float delta = partial_dot(out_rows.row(row), dout_rows.row(row), present ? shape.head_dim_v : 0);
 #pragma unroll
     for (int distance = kRowThreads / 2; distance > 0; distance /= 2) delta += arch::shuffle_xor(delta, distance);
     if (arch::thread_index() % kRowThreads == 0) {
@@ -61,11 +66,6 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
       params.row_delta[destination] = delta;
     }
   }
-
-  using Share = tile::DqShare<Config>;
-  float* accumulator = Share::accumulator(params, batch, head, m_block);
-#pragma unroll 4
-  for (int i = 0; i < kBlockM * Config::head_dim; i += kThreads) accumulator[i] = 0.f;
 
   if constexpr (Config::deterministic) {
     if (arch::thread_index() == 0) {

@@ -11,8 +11,9 @@ namespace tile {
 template <class Config>
 struct DqShare {
   static constexpr int kSlabBlocks = Config::block_m / kSlabRows;
-  static constexpr int kWarpsM = Config::num_warps / 2 < kSlabBlocks ? Config::num_warps / 2 : kSlabBlocks;
-  static constexpr int kWarpsN = Config::num_warps / kWarpsM;
+  // Nearly square parts read the fewest operands: four warps side by side where head_dim divides and registers allow, else two.
+  static constexpr int kWarpsN = Config::num_warps == 8 && (Config::head_dim == 64 || Config::head_dim == 128) ? 4 : 2;
+  static constexpr int kWarpsM = Config::num_warps / kWarpsN;
   static constexpr int kSlabs = kSlabBlocks / kWarpsM;
   static constexpr int kColumns = Config::head_dim / kWarpsN;
   static constexpr int kThreads = Config::num_warps * kWarpSize;
@@ -21,6 +22,13 @@ struct DqShare {
 
   static DEVICE int row() { return arch::warp_index() % kWarpsM * kSlabs * kSlabRows; }
   static DEVICE int column() { return arch::warp_index() / kWarpsM * kColumns; }
+
+  static DEVICE void clear(const BackwardParams& params, int batch, int head, int m_block) {
+    const int64 row = statistic_offset(params.shape, batch, head, params.padded_seqlen_q, m_block * Config::block_m);
+    float4* accumulator = reinterpret_cast<float4*>(params.dq_accum + row * Config::head_dim) + arch::thread_index();
+#pragma unroll
+    for (int i = 0; i < Config::block_m * Config::head_dim / 4; i += kThreads) accumulator[i] = {0.f, 0.f, 0.f, 0.f};
+  }
 
   // This thread's first float in the accumulator of a tile; the next ones follow at distance kThreads.
   static DEVICE float* accumulator(const BackwardParams& params, int batch, int head, int m_block) {
