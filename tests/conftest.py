@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Before NumPy is imported: threads of one small matrix product, on cores that other test workers use, mostly wait.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _why_no_device() -> str | None:
