@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import cuflash
 from benchmarks import readme
 from benchmarks.record import ENVIRONMENT_COLUMNS, PROBLEM_COLUMNS, SPEED_COLUMNS
 
@@ -64,6 +66,11 @@ def test_python_blocks_run_on_a_device():
     for framework in FRAMEWORKS:
         pytest.importorskip(framework, reason=f"{framework} is not installed")
     run([HOST_BLOCKS[0], *DEVICE_BLOCKS])
+
+
+def test_every_keyword_is_explained():
+    keywords = list(inspect.signature(cuflash.attention).parameters)[3:]
+    assert [keyword for keyword in keywords if f"`{keyword}`" not in readme.PART.sub("", TEXT)] == []
 
 
 def test_links_lead_somewhere():
