@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import cuflash
+from benchmarks.plot import PASS_TITLES, newest, newest_runs
 from benchmarks.record import PROBLEM_COLUMNS, RESULTS, ROOT, read_rows
+from benchmarks.run import OURS
 from benchmarks.workloads import Cell
 
 README = ROOT / "README.md"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end: \2 -->)", flags=re.DOTALL)
-OURS = ("cuflash", "cuflash_sm80")
-PASSES = {"fwd": "forward", "bwd": "backward"}
 
 Row = Mapping[str, str]
 
@@ -42,23 +43,19 @@ def taken_on(rows: Iterable[Row]) -> str:
     """The environments that rows were measured in, for below a table."""
     columns = ("gpu", "driver", "nvrtc", "date", "source_hash")
     parts = []
-    for row in newest((row | {"date": row["date"][:10]} for row in rows), *columns):
-        gpu, driver, nvrtc, day, source_hash = (row[column] for column in columns)
+    for gpu, driver, nvrtc, day, source_hash in newest((row | {"date": row["date"][:10]} for row in rows), columns):
         versions = "".join(f", {name} {value}" for name, value in (("driver", driver), ("NVRTC", nvrtc)) if value)
         parts.append(f"{gpu.removeprefix('none; ')}{versions}, {day}, code `{source_hash}`")
     return f"\n\n<sub>{'; '.join(parts)}</sub>"
 
 
-def newest(rows: Iterable[Row], *columns: str) -> list[Row]:
-    """The last row of each combination of ``columns``, in order of first appearance."""
-    found: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        found[tuple(row[column] for column in columns)] = row
-    return list(found.values())
+def newest_rows(path: Path, *columns: str) -> list[Row]:
+    """The last row of each combination of ``columns``; an absent table has none."""
+    return list(newest(read_rows(path), columns).values())
 
 
 def pass_of(row: Row) -> str:
-    return PASSES.get(row["pass"], row["pass"])
+    return PASS_TITLES.get(row["pass"], row["pass"])
 
 
 def cell_of(row: Row) -> Cell:
@@ -77,7 +74,7 @@ def support(results: Path) -> str:
 
 
 def minilm(results: Path) -> str:
-    rows = newest(read_rows(results / "minilm.csv"), "arrays", "dtype")
+    rows = newest_rows(results / "minilm.csv", "arrays", "dtype")
     if not rows:
         return "No record yet: `python -m tests.examples.minilm --record`."
     header = ("arrays", "q, k, v", "passages", "tokens", "seconds", "compared", "smallest cosine", "first answers")
@@ -88,74 +85,52 @@ def minilm(results: Path) -> str:
 
 def speed(results: Path) -> str:
     """Our rate beside the best peer's of the same run, and the ratios to every peer over all cells."""
-    by_call: dict[tuple[Cell, str], dict[str, Row]] = {}
-    for run in newest_runs(row for row in read_rows(results / "speed.csv") if not row["gpu"].startswith("none")):
-        cell, pass_ = cell_of(run[0]), run[0]["pass"]
-        by_call[cell, pass_] = {row["provider"]: row for row in run}
-    cells = list(dict.fromkeys(cell for cell, _ in by_call))
-    if not cells:
-        return "No record yet: `python -m benchmarks.run`."
-    lines = []
-    for cell in cells:
-        line = [cell.name]
-        for pass_ in PASSES:
-            line += compare(by_call.get((cell, pass_), {}))
-        lines.append(line)
-    header = ["cell", *(f"{name}{of}" for name in PASSES.values() for of in (", TFLOP/s", ", best peer", ", ratio"))]
-    every = [row for rows in by_call.values() for row in rows.values()]
-    return f"{ratios(by_call)}\n\n{table(header, lines)}{taken_on(every)}"
-
-
-def newest_runs(rows: Iterable[Row]) -> list[list[Row]]:
-    """For each cell and pass the rows of the newest run that measured it for us: ratios are formed in one run only."""
-    groups: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    rows = newest_runs([row for row in read_rows(results / "speed.csv") if not row["gpu"].startswith("none")])
+    by_call: dict[tuple[Cell, str], dict[str, float]] = {}
     for row in rows:
-        key = tuple(row[column] for column in (*PROBLEM_COLUMNS, "pass"))
-        groups.setdefault(key, {}).setdefault(row["run"], []).append(row)
-    newest_of = ([run for run in runs.values() if ours(run)] for runs in groups.values())
-    return [runs[-1] for runs in newest_of if runs]
+        by_call.setdefault((cell_of(row), row["pass"]), {})[row["provider"]] = float(row["tflops"])
+    if not by_call:
+        return "No record yet: `python -m benchmarks.run`."
+    cells = dict.fromkeys(cell for cell, _ in by_call)
+    columns = ("TFLOP/s", "best peer", "ratio")
+    header = ["cell", *(f"{title}, {column}" for title in PASS_TITLES.values() for column in columns)]
+    lines = [
+        [cell.name, *(value for pass_ in PASS_TITLES for value in compare(*split(by_call.get((cell, pass_), {}))))]
+        for cell in cells
+    ]
+    return f"{ratios(by_call)}\n\n{table(header, lines)}{taken_on(rows)}"
 
 
-def ours(rows: Iterable[Row]) -> Row | None:
-    found = {row["provider"]: row for row in rows}
-    return next((found[name] for name in OURS if name in found), None)
+def split(rates: Mapping[str, float]) -> tuple[float | None, dict[str, float]]:
+    """Our own rate (of the planner's choice where that was measured) and those of the peers."""
+    mine = next((rates[name] for name in OURS if name in rates), None)
+    return mine, {name: rate for name, rate in rates.items() if name not in OURS}
 
 
-def rates(rows: Mapping[str, Row]) -> tuple[float | None, dict[str, float]]:
-    """Our TFLOP/s and those of every peer, of results that passed the gate."""
-    right = {name: float(row["tflops"]) for name, row in rows.items() if row["ok"] == "True"}
-    mine = next((right[name] for name in OURS if name in right), None)
-    return mine, {name: rate for name, rate in right.items() if name not in OURS}
-
-
-def compare(rows: Mapping[str, Row]) -> list[str]:
-    mine, peers = rates(rows)
-    if mine is None:
-        return ["wrong" if rows else "–", "–", "–"]
-    if not peers:
-        return [f"{mine:.0f}", "–", "–"]
+def compare(mine: float | None, peers: Mapping[str, float]) -> tuple[str, str, str]:
+    if mine is None or not peers:
+        return "–" if mine is None else f"{mine:.0f}", "–", "–"
     best = max(peers, key=peers.get)
-    return [f"{mine:.0f}", f"{peers[best]:.0f} ({best})", f"{mine / peers[best]:.2f}"]
+    return f"{mine:.0f}", f"{peers[best]:.0f} ({best})", f"{mine / peers[best]:.2f}"
 
 
-def ratios(by_call: Mapping[tuple[Cell, str], Mapping[str, Row]]) -> str:
+def ratios(by_call: Mapping[tuple[Cell, str], Mapping[str, float]]) -> str:
     """Per pass and peer: over how many cells, the geometric mean of ours to theirs, and the worst of them."""
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for (cell, pass_), rows in by_call.items():
-        mine, peers = rates(rows)
-        if mine is not None:
-            for name, rate in peers.items():
-                found.setdefault((pass_, name), {})[cell.name] = mine / rate
+    for (cell, pass_), rates in by_call.items():
+        mine, peers = split(rates)
+        for name, rate in peers.items() if mine else ():
+            found.setdefault((pass_, name), {})[cell.name] = mine / rate
     lines = []
     for (pass_, name), values in sorted(found.items(), reverse=True):
         worst = min(values, key=values.get)
         mean = statistics.geometric_mean(values.values())
-        lines.append((PASSES.get(pass_, pass_), name, len(values), f"{mean:.2f}", f"{values[worst]:.2f} ({worst})"))
+        lines.append((PASS_TITLES[pass_], name, len(values), f"{mean:.2f}", f"{values[worst]:.2f} ({worst})"))
     return table(("pass", "cuflash against", "cells", "geometric mean of the ratios", "worst"), lines)
 
 
 def memory(results: Path) -> str:
-    rows = newest(read_rows(results / "memory.csv"), "provider", "pass", *PROBLEM_COLUMNS)
+    rows = newest_rows(results / "memory.csv", "provider", "pass", *PROBLEM_COLUMNS)
     if not rows:
         return "No record yet: `python -m benchmarks.memory`."
     lines = [
@@ -167,8 +142,8 @@ def memory(results: Path) -> str:
 
 
 def host(results: Path) -> str:
-    calls = newest(read_rows(results / "host_overhead.csv"), "provider", "arrays", "pass", *PROBLEM_COLUMNS)
-    starts = newest(read_rows(results / "compile.csv"), "pass", "start", *PROBLEM_COLUMNS)
+    calls = newest_rows(results / "host_overhead.csv", "provider", "arrays", "pass", *PROBLEM_COLUMNS)
+    starts = newest_rows(results / "compile.csv", "pass", "start", *PROBLEM_COLUMNS)
     parts = []
     if calls:
         lines = [(row["provider"], row["arrays"], pass_of(row), row["us_per_call"]) for row in calls]
@@ -180,7 +155,7 @@ def host(results: Path) -> str:
 
 
 def energy(results: Path) -> str:
-    rows = newest(read_rows(results / "energy.csv"), "provider", "pass", *PROBLEM_COLUMNS)
+    rows = newest_rows(results / "energy.csv", "provider", "pass", *PROBLEM_COLUMNS)
     if not rows:
         return "No record yet: `python -m benchmarks.energy`."
     lines = [(row["provider"], cell_of(row).name, pass_of(row), row["joules_per_call"]) for row in rows]
@@ -200,8 +175,23 @@ def gpu_tests(results: Path) -> str:
     if not path.exists():
         return "No record yet: `python -m pytest -m gpu`."
     record = json.loads(path.read_text())
-    outcomes = ("passed", "failed", "skipped")
-    return table(outcomes, [[record[outcome] for outcome in outcomes]]) + taken_on([record])
+    sections = {name: entries for name, entries in record.items() if isinstance(entries, dict) and name != "counts"}
+    outcomes = {name: Counter(entry["outcome"] for entry in entries.values()) for name, entries in sections.items()}
+    found = ("passed", "failed", "skipped")
+    lines = [(name, *(counts[outcome] for outcome in found)) for name, counts in outcomes.items()]
+    every = [entry for entries in sections.values() for entry in entries.values()]
+    skipped = Counter(entry["reason"] for entry in every if entry["outcome"] == "skipped")
+    reasons = "".join(f"\n- {count} skipped: {reason}" for reason, count in skipped.items())
+    return table(("", *found), lines) + (f"\n{reasons}" if reasons else "") + taken_on([record])
+
+
+def numpy(results: Path) -> str:
+    rows = newest_rows(results / "numpy.csv", "provider", "pass", *PROBLEM_COLUMNS)
+    if not rows:
+        return "No record yet: `python -m benchmarks.numpy_dense`."
+    columns = ("dtype", "seqlen_q", "seqlen_k", "head_dim", "mask", "ms_median")
+    lines = [(row["provider"], *map(row.get, columns), f"{int(row['peak_bytes']) / 2**20:.1f}") for row in rows]
+    return table(("provider", *columns, "peak memory, MiB"), lines) + taken_on(rows)
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
@@ -211,6 +201,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "memory": memory,
     "host": host,
     "energy": energy,
+    "numpy": numpy,
     "plots": plots,
     "gpu_tests": gpu_tests,
 }

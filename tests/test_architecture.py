@@ -25,14 +25,14 @@ ORDER = (
     ("plan",),
     ("cuda.source",),
     ("cuda.module",),
-    ("cuda.tensor_map", "cuda.launch"),
+    ("cuda.tensor_map", "cuda.nvrtc", "cuda.launch"),
     ("backends",),
     ("arrays",),
-    ("dispatch",),
+    ("dispatch", "merging"),
     ("api",),
     ("testing",),
-    ("interop", "distributed", "__main__"),
     ("__init__",),
+    ("interop", "distributed", "__main__"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 

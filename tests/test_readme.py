@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 import cuflash
-from benchmarks import readme
-from benchmarks.record import ENVIRONMENT_COLUMNS, PROBLEM_COLUMNS, SPEED_COLUMNS
+from benchmarks import energy, host, memory, readme
+from benchmarks.record import ENVIRONMENT_COLUMNS, PROBLEM_COLUMNS, SPEED_COLUMNS, append_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -97,28 +97,47 @@ def test_no_number_is_typed():
     assert re.findall(r"\d[\d.,]*\s*(?:TFLOP|GB/s|TB/s|ms\b|µs|us\b|seconds|times faster|x faster|%)", prose) == []
 
 
-@pytest.fixture
-def results(tmp_path):
-    """Records of two runs of one cell: only the newer one counts, and only what passed its gate."""
-    problem = dict(zip(PROBLEM_COLUMNS, ("bfloat16", 8, 2048, 2048, 32, 32, 64, 64, "causal", "plain"), strict=True))
-    environment = dict(zip(ENVIRONMENT_COLUMNS, ("2026-01-02T03:04:05Z", "abc", "GPU", "1", "2"), strict=True))
+PROBLEM = dict(zip(PROBLEM_COLUMNS, ("bfloat16", 8, 2048, 2048, 32, 32, 64, 64, "causal", "plain"), strict=True))
+ENVIRONMENT = dict(zip(ENVIRONMENT_COLUMNS, ("2026-01-02T03:04:05Z", "abc", "GPU", "1", "2"), strict=True))
+TAKEN_ON = "<sub>GPU, driver 1, NVRTC 2, 2026-01-02, code `abc`</sub>"
+
+
+def test_speed_compares_within_the_newest_run(tmp_path):
     measured = [
         ("cuflash", "old", 100, True), ("torch_flash", "old", 400, True),
         ("cuflash", "new", 300, True), ("torch_flash", "new", 200, True),
         ("fa3", "new", 250, True), ("fa4", "new", 999, False),
     ]  # fmt: skip
-    with (tmp_path / "speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, SPEED_COLUMNS)
-        writer.writeheader()
-        for provider, run_, tflops, ok in measured:
-            row = {"provider": provider, "pass": "fwd", "run": run_, "tflops": tflops, "ok": ok}
-            writer.writerow(environment | problem | row)
-    return tmp_path
-
-
-def test_speed_compares_within_the_newest_run(results):
-    lines = readme.speed(results).splitlines()
+    names = ("provider", "run", "tflops", "ok")
+    rows = [ENVIRONMENT | PROBLEM | {"pass": "fwd"} | dict(zip(names, values, strict=True)) for values in measured]
+    append_rows(tmp_path / "speed.csv", SPEED_COLUMNS, rows)
+    lines = readme.speed(tmp_path).splitlines()
     assert "| d64-causal-2k | 300 | 250 (fa3) | 1.20 | – | – | – |" in lines
     assert "| forward | torch_flash | 1 | 1.50 | 1.50 (d64-causal-2k) |" in lines
     assert not any("fa4" in line for line in lines)
-    assert lines[-1] == "<sub>GPU, driver 1, NVRTC 2, 2026-01-02, code `abc`</sub>"
+    assert lines[-1] == TAKEN_ON
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "columns", "row", "line"),
+    [
+        ("memory", "memory.csv", memory.COLUMNS, {"extra_bytes": 3 << 20}, "| cuflash | d64-causal-2k | backward | 3.0 |"),
+        ("host", "host_overhead.csv", host.HOST_COLUMNS, {"us_per_call": 17}, "| cuflash | cupy | backward | 17 |"),
+        ("host", "compile.csv", host.COMPILE_COLUMNS, {"seconds": 0.5}, "| d64-causal-2k | backward | disk | 0.5 |"),
+        ("energy", "energy.csv", energy.COLUMNS, {"joules_per_call": 9}, "| cuflash | d64-causal-2k | backward | 9 |"),
+    ],
+)
+def test_a_record_becomes_a_line(part, file, columns, row, line, tmp_path):
+    default = {"provider": "cuflash", "pass": "bwd", "arrays": "cupy", "start": "disk"}
+    row = {name: value for name, value in (default | row).items() if name in columns}
+    append_rows(tmp_path / file, columns, [ENVIRONMENT | PROBLEM | row])
+    lines = readme.PARTS[part](tmp_path).splitlines()
+    assert line in lines and lines[-1] == TAKEN_ON
+
+
+def test_gpu_tests_name_what_was_skipped(tmp_path):
+    entries = {"a": {"outcome": "passed"}, "b": {"outcome": "skipped", "reason": "one device"}}
+    record = ENVIRONMENT | {"counts": {"passed": 1, "skipped": 1}, "tests": entries}
+    (tmp_path / "gpu_tests.json").write_text(json.dumps(record))
+    lines = readme.gpu_tests(tmp_path).splitlines()
+    assert "| tests | 1 | 0 | 1 |" in lines and "- 1 skipped: one device" in lines and lines[-1] == TAKEN_ON
