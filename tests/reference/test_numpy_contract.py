@@ -11,7 +11,7 @@ import pytest
 from cases import CASES, RICHEST, Case
 
 from cuflash import testing
-from cuflash.backends import numpy_backend
+from cuflash.backends import Gradients, numpy_backend
 
 RICH = Case("rich", **RICHEST, seqlen_k=143, dtype="float32")
 LONG = Case("long", seqlen_q=4096, seqlen_k=4096, dtype="float32", causal=True)
@@ -112,6 +112,31 @@ def test_a_nan_score_at_a_masked_pair_vanishes():
     dirty = run(case, arrays)
     np.testing.assert_array_equal(dirty["out"][0, :key], clean["out"][0, :key])
     np.testing.assert_array_equal(dirty["lse"][0, :, :key], clean["lse"][0, :, :key])
+
+
+def test_a_nan_gradient_of_p_at_a_masked_pair_vanishes():
+    case, key = Case("causal", causal=True, dtype="float32"), 50
+    problem, arrays = case.problem(), case.arrays()
+    out, lse = numpy_backend.forward(problem, arrays.q, arrays.k, arrays.v)
+
+    def gradients() -> Gradients:
+        return numpy_backend.backward(problem, arrays.dout, arrays.q, arrays.k, arrays.v, out, lse)
+
+    clean = gradients()
+    arrays.v[0, key, 0] = np.nan
+    np.testing.assert_array_equal(gradients().dq[0, :key], clean.dq[0, :key])
+
+
+def test_a_sink_of_minus_infinity_is_no_sink():
+    empty_rows = {"seqlen_q": 203, "seqlen_k": 65, "causal": True, "dtype": "float32", "dlse": True}
+    case, without = Case("sinks", **empty_rows, sinks=True), Case("plain", **empty_rows)
+    arrays, plain = case.arrays(), without.arrays()
+    arrays.sinks[:] = -np.inf
+    arrays.dlse = plain.dlse
+    actual, expected = run(case, arrays), run(without, plain)
+    np.testing.assert_array_equal(actual.pop("dsinks"), 0)
+    for name, value in actual.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
 def test_a_nan_query_stays_in_its_row():
