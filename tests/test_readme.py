@@ -99,6 +99,7 @@ def test_no_number_is_typed():
 
 PROBLEM = dict(zip(PROBLEM_COLUMNS, ("bfloat16", 8, 2048, 2048, 32, 32, 64, 64, "causal", "plain"), strict=True))
 ENVIRONMENT = dict(zip(ENVIRONMENT_COLUMNS, ("2026-01-02T03:04:05Z", "abc", "GPU", "1", "2"), strict=True))
+CELL = "d64-causal-2k"
 TAKEN_ON = "<sub>GPU, driver 1, NVRTC 2, 2026-01-02, code `abc`</sub>"
 
 
@@ -112,8 +113,8 @@ def test_speed_compares_within_the_newest_run(tmp_path):
     rows = [ENVIRONMENT | PROBLEM | {"pass": "fwd"} | dict(zip(names, values, strict=True)) for values in measured]
     append_rows(tmp_path / "speed.csv", SPEED_COLUMNS, rows)
     lines = readme.speed(tmp_path).splitlines()
-    assert "| d64-causal-2k | 300 | 250 (fa3) | 1.20 | – | – | – |" in lines
-    assert "| forward | torch_flash | 1 | 1.50 | 1.50 (d64-causal-2k) |" in lines
+    assert f"| {CELL} | 300 | 250 (fa3) | 1.20 | – | – | – |" in lines
+    assert f"| forward | torch_flash | 1 | 1.50 | 1.50 ({CELL}) |" in lines
     assert not any("fa4" in line for line in lines)
     assert lines[-1] == TAKEN_ON
 
@@ -121,10 +122,10 @@ def test_speed_compares_within_the_newest_run(tmp_path):
 @pytest.mark.parametrize(
     ("part", "file", "columns", "row", "line"),
     [
-        ("memory", "memory.csv", memory.COLUMNS, {"extra_bytes": 3 << 20}, "| cuflash | d64-causal-2k | backward | 3.0 |"),
+        ("memory", "memory.csv", memory.COLUMNS, {"extra_bytes": 1 << 20}, f"| cuflash | {CELL} | backward | 1.0 |"),
         ("host", "host_overhead.csv", host.HOST_COLUMNS, {"us_per_call": 17}, "| cuflash | cupy | backward | 17 |"),
-        ("host", "compile.csv", host.COMPILE_COLUMNS, {"seconds": 0.5}, "| d64-causal-2k | backward | disk | 0.5 |"),
-        ("energy", "energy.csv", energy.COLUMNS, {"joules_per_call": 9}, "| cuflash | d64-causal-2k | backward | 9 |"),
+        ("host", "compile.csv", host.COMPILE_COLUMNS, {"seconds": 0.5}, f"| {CELL} | backward | disk | 0.5 |"),
+        ("energy", "energy.csv", energy.COLUMNS, {"joules_per_call": 9}, f"| cuflash | {CELL} | backward | 9 |"),
     ],
 )
 def test_a_record_becomes_a_line(part, file, columns, row, line, tmp_path):
