@@ -46,8 +46,21 @@ struct DropoutKey {
   float scale;       // 65536 / (65536 - threshold)
 };
 
+// What cuTensorMapEncodeTiled writes: a (batch, heads, seqlen, head_dim) array for the copy engine of sm_90.
+struct alignas(64) TensorMap {
+  uint64 words[16];
+};
+
 struct ForwardParams {
   Rows q, k, v, out;
+  float* lse;  // (batch, num_heads, seqlen_q), or null
+  Shape shape;
+  Score score;
+  DropoutKey dropout;
+};
+
+struct ForwardSm90Params {
+  TensorMap q, k, v, out;
   float* lse;  // (batch, num_heads, seqlen_q), or null
   Shape shape;
   Score score;

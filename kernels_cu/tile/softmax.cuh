@@ -16,29 +16,45 @@ struct RowState {
 // exp2 of a row's scores needs a finite reference: a row that has seen no visible key keeps 0, and its scores give exp2(-inf) = 0.
 DEVICE float finite_reference(float maximum, float unit) { return maximum == -arch::infinity() ? 0.f : maximum * unit; }
 
-// Replaces scores by probabilities relative to the new row maximum. `rescale` is what earlier sums and outputs shrink by.
+// How far a row's maximum may grow, in base-2 logarithms, before a lazy softmax follows it: probabilities stay below 2^8, and
+// rows whose maximum moves little need no rescaling of the output.
+constexpr float kLazyGrowth = 8.f;
+
+// Raises the maximum of row r (0 or 1 of the thread's two) to the scores of a slab. `rescale` is what earlier sums and outputs
+// shrink by. Returns what exponentiate subtracts.
+template <bool kLazy, int kSize>
+DEVICE float raise_maximum(const float (&slab)[kSize], int r, RowState& state, float unit, float& rescale) {
+  float maximum = state.maximum[r];
+#pragma unroll
+  for (int i = 2 * r; i < kSize; i += 4) maximum = arch::maximum(arch::maximum(maximum, slab[i]), slab[i + 1]);
+  maximum = row_maximum(maximum);
+  if (kLazy && (maximum - state.maximum[r]) * unit <= kLazyGrowth) maximum = state.maximum[r];
+
+  const float reference = finite_reference(maximum, unit);
+  rescale = arch::exp2(arch::multiply_add(state.maximum[r], unit, -reference));
+  state.maximum[r] = maximum;
+  state.sum[r] *= rescale;
+  return reference;
+}
+
+// Replaces scores kBegin .. kEnd - 1 of row r, counted along the row, by probabilities relative to the reference.
+template <int kBegin, int kEnd, int kSize>
+DEVICE void exponentiate(float (&slab)[kSize], int r, RowState& state, float unit, float reference) {
+#pragma unroll
+  for (int e = kBegin; e < kEnd; ++e) {
+    const int i = e / 2 * 4 + 2 * r + e % 2;
+    slab[i] = arch::exp2(arch::multiply_add(slab[i], unit, -reference));
+    state.sum[r] += slab[i];
+  }
+}
+
+// Both, row after row: scores to probabilities relative to the new maxima.
 template <int kSize>
 DEVICE void online_softmax(float (&slab)[kSize], RowState& state, float unit, float (&rescale)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float maximum = state.maximum[r];
-#pragma unroll
-    for (int i = 0; i < kSize; ++i)
-      if (slab_row(i) == 8 * r) maximum = arch::maximum(maximum, slab[i]);
-    maximum = row_maximum(maximum);
-
-    const float reference = finite_reference(maximum, unit);
-    rescale[r] = arch::exp2(arch::multiply_add(state.maximum[r], unit, -reference));
-    state.maximum[r] = maximum;
-
-    float sum = state.sum[r] * rescale[r];
-#pragma unroll
-    for (int i = 0; i < kSize; ++i)
-      if (slab_row(i) == 8 * r) {
-        slab[i] = arch::exp2(arch::multiply_add(slab[i], unit, -reference));
-        sum += slab[i];
-      }
-    state.sum[r] = sum;
+    const float reference = raise_maximum<false>(slab, r, state, unit, rescale[r]);
+    exponentiate<0, kSize / 2>(slab, r, state, unit, reference);
   }
 }
 
