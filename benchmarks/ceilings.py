@@ -14,16 +14,21 @@ def measure() -> dict[str, str]:
     """``copy_tb_per_s`` (bytes read plus written) and ``matmul_tflops`` (bfloat16 through torch, else float16)."""
     import cupy
 
-    source = cupy.ones(COPY_BYTES // 4, cupy.float32)
-    target = cupy.empty_like(source)
-    copy_ms = statistics.median(EventClock().burst(lambda: cupy.copyto(target, source)))
-    del source, target
+    copy_ms = statistics.median(EventClock().burst(_copy()))
     cupy.get_default_memory_pool().free_all_blocks()
     matmul_ms = statistics.median(EventClock().burst(_matmul()))
     return {
         "copy_tb_per_s": f"{2 * COPY_BYTES / copy_ms * 1e-9:.4g}",
         "matmul_tflops": f"{2 * MATMUL_SIZE**3 / matmul_ms * 1e-9:.4g}",
     }
+
+
+def _copy():
+    import cupy
+
+    source = cupy.ones(COPY_BYTES // 4, cupy.float32)
+    target = cupy.empty_like(source)
+    return lambda: cupy.copyto(target, source)
 
 
 def _matmul():

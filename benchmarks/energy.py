@@ -53,7 +53,9 @@ def idle_watts(board: Board, seconds: float, sleep=time.sleep, now=time.perf_cou
     return (board.joules() - energy) / (now() - begin)
 
 
-def load_energy(board: Board, call: Callable[[], object], seconds: float, now=time.perf_counter) -> tuple[float, int, float]:
+def load_energy(
+    board: Board, call: Callable[[], object], seconds: float, now=time.perf_counter
+) -> tuple[float, int, float]:
     """(joules, calls, seconds) of steady load for at least ``seconds``, after a tenth of that to warm up."""
     batch, begin = 8, now()
     while now() - begin < seconds / 10:
@@ -105,8 +107,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         per_call = (joules - idle * seconds) / count
         rows.append({
-            **environment, "provider": name, "pass": pass_, **CELL.problem_columns(), "joules_per_call": f"{per_call:.5g}",
-            "idle_watts": f"{idle:.4g}", "load_watts": f"{joules / seconds:.4g}", "calls": count, "seconds": f"{seconds:.4g}",
+            **environment, "provider": name, "pass": pass_, **CELL.problem_columns(),
+            "joules_per_call": f"{per_call:.5g}", "idle_watts": f"{idle:.4g}", "load_watts": f"{joules / seconds:.4g}",
+            "calls": count, "seconds": f"{seconds:.4g}",
         })  # fmt: skip
         console.print(f"{name:12} {pass_} {per_call:8.4f} J a call, {joules / seconds:.0f} W ({idle:.0f} W idle)")
     record.append_rows(args.out / "energy.csv", COLUMNS, rows)

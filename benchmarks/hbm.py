@@ -26,7 +26,8 @@ from benchmarks.timing import EventClock, Job, interleave
 from benchmarks.workloads import Cell
 
 COLUMNS = (
-    *record.ENVIRONMENT_COLUMNS, "provider", *record.PROBLEM_COLUMNS, "gflop", "read_bytes", "written_bytes", "ms", "kernels",
+    *record.ENVIRONMENT_COLUMNS, "provider", *record.PROBLEM_COLUMNS,
+    "gflop", "read_bytes", "written_bytes", "ms", "kernels",
 )  # fmt: skip
 METRICS = {"read_bytes": "dram__bytes_read.sum", "written_bytes": "dram__bytes_write.sum"}
 # GPT-2 medium's attention (16 heads of 64, 1024 tokens, batch 64), forward and backward, without mask and dropout.
@@ -36,7 +37,7 @@ UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "B": 1, "KB": 1e3,
 
 
 def gflop(provider: str, cell: Cell) -> float:
-    """Matrix-product FLOP of forward and backward: ours multiplies q by k twice, standard attention keeps the scores."""
+    """Matrix-product FLOP of forward and backward: ours makes the scores twice, standard attention keeps them."""
     products = 6 if provider == "standard" else 7
     return 2 * products * cell.batch * cell.num_heads * cell.visible_pairs() * cell.head_dim * 1e-9
 

@@ -27,12 +27,22 @@ from benchmarks.workloads import Cell
 
 SMALL = Cell(1, 128, 128, 2, 2, 64, 64, "causal")
 ENQUEUES, REPEATS = 1000, 5
-HOST_COLUMNS = (*record.ENVIRONMENT_COLUMNS, "provider", "arrays", "pass", *record.PROBLEM_COLUMNS, "us_per_call", "repeats")
+HOST_COLUMNS = (
+    *record.ENVIRONMENT_COLUMNS,
+    "provider",
+    "arrays",
+    "pass",
+    *record.PROBLEM_COLUMNS,
+    "us_per_call",
+    "repeats",
+)
 COMPILE_COLUMNS = (*record.ENVIRONMENT_COLUMNS, "pass", *record.PROBLEM_COLUMNS, "start", "seconds")
 START_CELLS = (SMALL, Cell(1, 256, 256, 2, 1, 128, 128, "causal"), Cell(1, 256, 256, 2, 2, 256, 256, "full"))
 
 
-def microseconds(call: Callable[[], object], wait: Callable[[], object], *, enqueues=ENQUEUES, repeats=REPEATS) -> float:
+def microseconds(
+    call: Callable[[], object], wait: Callable[[], object], *, enqueues=ENQUEUES, repeats=REPEATS
+) -> float:
     """Median over ``repeats`` of the wall time of ``enqueues`` calls and one wait, for one call."""
     for _ in range(10):
         call()
@@ -131,7 +141,8 @@ def measure_start(console: Console) -> list[dict]:
             for cell, seconds in zip(START_CELLS, first_calls(cache), strict=True):
                 for pass_, value in zip(("fwd", "bwd"), seconds, strict=True):
                     rows.append({
-                        **environment, "pass": pass_, **cell.problem_columns(), "start": start, "seconds": f"{value:.4g}",
+                        **environment, "pass": pass_, **cell.problem_columns(), "start": start,
+                        "seconds": f"{value:.4g}",
                     })  # fmt: skip
                     console.print(f"{start:10} {cell.name:16} {pass_} {value:7.3f} s")
     return rows

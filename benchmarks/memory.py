@@ -1,7 +1,7 @@
 """Memory that attention needs beside its operands, by length and library, and one run at a million tokens.
 
-    PYTHONPATH=. python -m benchmarks.memory
-    PYTHONPATH=. python -m benchmarks.memory --million
+PYTHONPATH=. python -m benchmarks.memory
+PYTHONPATH=. python -m benchmarks.memory --million
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from benchmarks import record
 from benchmarks.inputs import random_inputs
 from benchmarks.providers import PROVIDERS, available, reason
-from benchmarks.reference import MAX_FACTOR, TINY_FACTOR
+from benchmarks.reference import MAX_FACTOR, TINY_FACTOR, Precision, namespace
 from benchmarks.run import release_memory
 from benchmarks.workloads import Cell, square
 
@@ -102,7 +102,9 @@ def by_length(names: list[str], lengths: list[int], console: Console) -> list[di
                     if provider.name.startswith("cuflash"):
                         row |= {"allowed_bytes": allowed_bytes(cell, pass_), "ok": extra <= allowed_bytes(cell, pass_)}
                     rows.append(row)
-                    console.print(f"{provider.name:12} {cell.name:20} {pass_} {extra / 2**20:10.2f} MiB {row.get('ok', '')}")
+                    console.print(
+                        f"{provider.name:12} {cell.name:20} {pass_} {extra / 2**20:10.2f} MiB {row.get('ok', '')}"
+                    )
             except Exception as error:
                 console.print(f"[red]{provider.name} {cell.name}:[/] {reason(error)}")
             bound = None
@@ -152,95 +154,98 @@ def million(seqlen: int, console: Console) -> list[dict]:
             "max_error_ratio": f"{ratio:.4g}", "ok": ratio <= 1 and extra <= allowed,
         }  # fmt: skip
         rows.append(row)
-        console.print(f"{seqlen} tokens {pass_}: {row['ms']} ms, {extra / 2**20:.1f} MiB, {ratio:.3f} of the error bound")
+        console.print(
+            f"{seqlen} tokens {pass_}: {row['ms']} ms, {extra / 2**20:.1f} MiB, {ratio:.3f} of the error bound"
+        )
         gc.collect()
     return rows
 
 
 def sampled_row_ratio(cell: Cell, arrays: dict, results: dict, samples: int = 32) -> float:
-    """Worst error over bound of ``out`` and ``lse`` at query rows spread over the sequence, the first and last included."""
-    worst = 0.0
+    """Worst error over bound of ``out`` and ``lse`` at query rows from the first to the last, evenly spread."""
+    found = Samples(arrays["q"].dtype, cell.seqlen_k)
     for i in np.linspace(0, cell.seqlen_q - 1, samples).astype(int):
         for head in range(cell.num_heads):
-            exact = _row(cell, arrays, i, head, np.float64)
-            low = _row(cell, arrays, i, head, np.float32, round_to=arrays["q"].dtype)
-            actual = results["out"][0, i, head], results["lse"][0, head, i]
-            worst = max(worst, *(_ratio(*triple, i + 1) for triple in zip(actual, low, exact, strict=True)))
-    return worst
+            actual = {"out": results["out"][0, i, head], "lse": results["lse"][0, head, i]}
+            found.add(actual, lambda precision: _row(cell, arrays, i, head, precision))  # noqa: B023 - called at once
+    return found.worst_ratio()
 
 
 def sampled_gradient_ratio(cell: Cell, arrays: dict, results: dict, samples: int = 16) -> float:
-    """The same for dq at sampled queries, and dk and dv at sampled keys from the lse of every query."""
-    gradients, worst = results["gradients"], 0.0
+    """The same for dq at sampled queries, and dk and dv at sampled keys."""
+    gradients = results["gradients"]
+    found = Samples(arrays["q"].dtype, cell.seqlen_k)
     for position in np.linspace(0, cell.seqlen_q - 1, samples).astype(int):
-        for gradients_of, actual in (
-            (_key_gradients, (gradients.dk[0, position, 0], gradients.dv[0, position, 0])),
-            (_query_gradients, tuple(gradients.dq[0, position, head] for head in range(cell.num_heads))),
-        ):
-            exact = gradients_of(cell, arrays, results, position, np.float64, None)
-            low = gradients_of(cell, arrays, results, position, np.float32, arrays["q"].dtype)
-            worst = max(worst, *(_ratio(*triple, cell.seqlen_k) for triple in zip(actual, low, exact, strict=True)))
-    return worst
+        for head in range(cell.num_heads):
+            actual = {"dq": gradients.dq[0, position, head]}
+            found.add(actual, lambda precision: _query_gradient(cell, arrays, position, head, precision))  # noqa: B023
+        actual = {"dk": gradients.dk[0, position, 0], "dv": gradients.dv[0, position, 0]}
+        found.add(actual, lambda precision: _key_gradients(cell, arrays, results, position, precision))  # noqa: B023
+    return found.worst_ratio()
 
 
-def _rounder(round_to):
-    return (lambda x: x) if round_to is None else (lambda x: x.astype(round_to).astype(x.dtype))
+class Samples:
+    """Largest errors over all samples, of what is checked and of the low-precision formula, by output."""
+
+    def __init__(self, dtype, keys: int):
+        self._low, self._keys = Precision.low(dtype), keys
+        self._errors: dict[str, list[tuple[float, float, float]]] = {}
+
+    def add(self, actual: dict, reference: Callable[[Precision], dict]) -> None:
+        exact, low = reference(Precision.exact()), reference(self._low)
+        for name, value in actual.items():
+            errors = (abs(x.astype(np.float64) - exact[name]).max() for x in (value, low[name]))
+            self._errors.setdefault(name, []).append((*map(float, errors), float(abs(exact[name]).max())))
+
+    def worst_ratio(self) -> float:
+        ratios = []
+        for errors in self._errors.values():
+            actual, low, largest = (max(column) for column in zip(*errors, strict=True))
+            finite = all(np.isfinite(error) for error, _, _ in errors)
+            tiny = TINY_FACTOR * np.finfo(self._low.accumulator).eps * (1 + largest) * self._keys**0.5
+            ratios.append(actual / (MAX_FACTOR * low + tiny) if finite else float("inf"))
+        return max(ratios)
 
 
-def _row(cell: Cell, arrays: dict, i: int, head: int, wide, round_to=None):
-    """out and lse of query row ``i``, which sees keys 0..i."""
-    import cupy
-
-    rounded = _rounder(round_to)
+def _probabilities(cell: Cell, arrays: dict, i: int, head: int, precision: Precision) -> tuple:
+    """k, v and the softmax of query row ``i``, which sees keys 0..i, and its lse."""
+    xp, wide = namespace(arrays["q"]), precision.accumulator
     kv_head = head // (cell.num_heads // cell.num_kv_heads)
     k, v = (arrays[name][0, : i + 1, kv_head].astype(wide) for name in ("k", "v"))
     scores = k @ arrays["q"][0, i, head].astype(wide) * wide(cell.softmax_scale)
     row_max = scores.max()
-    probs = cupy.exp(scores - row_max)
+    probs = xp.exp(scores - row_max)
     row_sum = probs.sum()
-    return rounded(rounded(probs / row_sum) @ v), row_max + cupy.log(row_sum)
+    return k, v, probs / row_sum, row_max + xp.log(row_sum)
 
 
-def _query_gradients(cell: Cell, arrays: dict, results: dict, i: int, wide, round_to):
-    """dq of row ``i`` for every head; ``results`` take no part in it."""
-    import cupy
-
-    rounded, found = _rounder(round_to), []
-    for head in range(cell.num_heads):
-        kv_head = head // (cell.num_heads // cell.num_kv_heads)
-        k, v = (arrays[name][0, : i + 1, kv_head].astype(wide) for name in ("k", "v"))
-        scores = k @ arrays["q"][0, i, head].astype(wide) * wide(cell.softmax_scale)
-        probs = cupy.exp(scores - scores.max())
-        probs /= probs.sum()
-        dout = arrays["dout"][0, i, head].astype(wide)
-        delta = (rounded(rounded(probs) @ v) * dout).sum()
-        dscores = rounded(probs * (v @ dout - delta))
-        found.append(rounded(dscores @ k * wide(cell.softmax_scale)))
-    return tuple(found)
+def _row(cell: Cell, arrays: dict, i: int, head: int, precision: Precision) -> dict:
+    """out and lse of query row ``i``."""
+    _, v, probs, lse = _probabilities(cell, arrays, i, head, precision)
+    return {"out": precision.round(precision.round(probs) @ v), "lse": lse}
 
 
-def _key_gradients(cell: Cell, arrays: dict, results: dict, j: int, wide, round_to):
-    """dk and dv of key ``j``, which queries j.. of every head of its group see; lse and out as the forward gave them."""
-    import cupy
+def _query_gradient(cell: Cell, arrays: dict, i: int, head: int, precision: Precision) -> dict:
+    """dq of query row ``i``."""
+    k, v, probs, _ = _probabilities(cell, arrays, i, head, precision)
+    dout = arrays["dout"][0, i, head].astype(precision.accumulator)
+    delta = (precision.round(precision.round(probs) @ v) * dout).sum()
+    dscores = precision.round(probs * (v @ dout - delta))
+    return {"dq": precision.round(dscores @ k * precision.accumulator(cell.softmax_scale))}
 
-    rounded = _rounder(round_to)
+
+def _key_gradients(cell: Cell, arrays: dict, results: dict, j: int, precision: Precision) -> dict:
+    """dk and dv of key ``j``, which queries j.. of its whole group see; lse and out as the forward gave them."""
+    xp, wide = namespace(arrays["q"]), precision.accumulator
     k, v = (arrays[name][0, j, 0].astype(wide) for name in ("k", "v"))
-    dk, dv = cupy.zeros_like(k), cupy.zeros_like(v)
+    dk, dv = xp.zeros_like(k), xp.zeros_like(v)
     for head in range(cell.num_heads):
         q, dout, out = (x[0, j:, head].astype(wide) for x in (arrays["q"], arrays["dout"], results["out"]))
-        probs = cupy.exp(q @ k * wide(cell.softmax_scale) - results["lse"][0, head, j:].astype(wide))
-        dscores = rounded(probs * (dout @ v - (dout * out).sum(axis=-1)))
-        dv += rounded(probs) @ dout
+        probs = xp.exp(q @ k * wide(cell.softmax_scale) - results["lse"][0, head, j:].astype(wide))
+        dscores = precision.round(probs * (dout @ v - (dout * out).sum(axis=-1)))
+        dv += precision.round(probs) @ dout
         dk += dscores @ q * wide(cell.softmax_scale)
-    return rounded(dk), rounded(dv)
-
-
-def _ratio(actual, low, exact, keys: int) -> float:
-    """Largest error over the bound of the low-precision formula."""
-    tiny = TINY_FACTOR * np.finfo(np.float32).eps * (1 + float(abs(exact).max())) * keys**0.5
-    bound = MAX_FACTOR * float(abs(low.astype(np.float64) - exact).max()) + tiny
-    error = float(abs(actual.astype(np.float64) - exact).max())
-    return error / bound if np.isfinite(error) else float("inf")
+    return {"dk": precision.round(dk), "dv": precision.round(dv)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Draw the records: PNGs beside the tables, each from the newest rows that belong together.
 
-    PYTHONPATH=. python -m benchmarks.plot
+PYTHONPATH=. python -m benchmarks.plot
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ LABELS = {
 }
 _PALETTE = plt.get_cmap("tab20").colors
 COLORS = dict(zip(LABELS, _PALETTE[::2] + _PALETTE[1::2], strict=False))  # the strong colours first
-STEP_COLORS = {"matmul": "#4c72b0", "mask": "#dd8452", "softmax": "#55a868", "dropout": "#c44e52", "whole pass": "#8172b3"}
+STEP_COLORS = {
+    "matmul": "#4c72b0",
+    "mask": "#dd8452",
+    "softmax": "#55a868",
+    "dropout": "#c44e52",
+    "whole pass": "#8172b3",
+}
 PASS_TITLES = {"fwd": "forward", "bwd": "backward"}
 PROBLEM_KEY = ("dtype", "batch", "seqlen_q", "seqlen_k", "num_heads", "num_kv_heads", "head_dim", "head_dim_v")
 
@@ -98,7 +104,14 @@ def speed(folder: Path) -> list[Path]:
             for provider in (name for name in LABELS if any(row["provider"] == name for row in panel)):
                 points = sorted((int(r["seqlen_q"]), float(r["tflops"])) for r in panel if r["provider"] == provider)
                 style = {"linewidth": 2.4, "zorder": 3} if provider in OURS else {"linewidth": 1.2}
-                axis.plot(*zip(*points, strict=True), "o-", markersize=3, color=COLORS[provider], label=LABELS[provider], **style)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    markersize=3,
+                    color=COLORS[provider],
+                    label=LABELS[provider],
+                    **style,
+                )
             axis.set_title(f"head_dim {dim}, {mask}", fontsize=10)
             _length_axis(axis, sorted({int(row["seqlen_q"]) for row in panel}))
             axis.set_ylim(bottom=0)
@@ -127,7 +140,9 @@ def memory(folder: Path) -> list[Path]:
             if points:
                 width = 2.4 if provider in OURS else 1.2
                 lengths, sizes = zip(*points, strict=True)
-                axis.plot(lengths, sizes, "o-", markersize=3, color=COLORS[provider], label=LABELS[provider], linewidth=width)
+                axis.plot(
+                    lengths, sizes, "o-", markersize=3, color=COLORS[provider], label=LABELS[provider], linewidth=width
+                )
         axis.set_yscale("log", base=2)
         axis.set_title(title, fontsize=10)
         _length_axis(axis, sorted({int(row["seqlen_q"]) for row in rows}))

@@ -9,7 +9,7 @@ import os
 import platform
 import uuid
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ def environment(root: Path = ROOT) -> dict[str, str]:
     """The first five columns of every table; on a machine without a GPU the processor stands in its column."""
     gpu = gpu_name()
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "source_hash": source_hash(root),
         "gpu": gpu or f"none; {cpu_name()}",
         "driver": driver_version() if gpu else "",

@@ -63,7 +63,9 @@ class CellResult:
 class CellBench:
     """Everything that happens to one cell: inputs, the gate, timing."""
 
-    def __init__(self, cell: Cell, providers: Sequence[Provider], passes: Sequence[str], gate_heads: int, seed: int = 0):
+    def __init__(
+        self, cell: Cell, providers: Sequence[Provider], passes: Sequence[str], gate_heads: int, seed: int = 0
+    ):
         self._cell, self._providers, self._passes = cell, providers, passes
         self._gate_heads, self._seed = gate_heads, seed
         self._arrays: dict[tuple[str, Cell], dict] = {}

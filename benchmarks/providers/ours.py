@@ -47,9 +47,7 @@ class Cuflash(Provider):
             if not saved:
                 saved.append(forward())
             out, lse = saved[0]
-            return cuflash.attention_backward(
-                dout, q, k, v, out, lse, deterministic=cell.deterministic, **keywords
-            )
+            return cuflash.attention_backward(dout, q, k, v, out, lse, deterministic=cell.deterministic, **keywords)
 
         return Bound(
             forward,

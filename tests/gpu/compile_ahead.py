@@ -27,7 +27,9 @@ def specs() -> list[KernelSpec]:
 
     device = DeviceInfo.current(0)
     problems = {case_problem(case) for case in CASES}
-    steps = (step for problem in problems for plan in (plan_forward, plan_backward) for step in plan(problem, device).steps)
+    steps = (
+        step for problem in problems for plan in (plan_forward, plan_backward) for step in plan(problem, device).steps
+    )
     return list(dict.fromkeys(step.spec for step in steps))
 
 

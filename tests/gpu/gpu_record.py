@@ -1,4 +1,4 @@
-"""The record of what ran on a GPU: benchmarks/results/gpu_tests.json, merged over the parts of one and the same code."""
+"""What ran on a GPU: benchmarks/results/gpu_tests.json, merged over the parts of one and the same code."""
 
 from __future__ import annotations
 

@@ -69,7 +69,16 @@ def errors_in(text: str) -> int | None:
 
 
 def run_tool(tool: str, timeout: float) -> dict[str, object]:
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-m", "gpu.sanitize"]
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        str(FOUND),
+        sys.executable,
+        "-m",
+        "gpu.sanitize",
+    ]
     begin = time.perf_counter()
     try:
         done = subprocess.run([*command, "--child"], capture_output=True, text=True, timeout=timeout)

@@ -15,7 +15,9 @@ from benchmarks.kernels import hold_stream
 
 pytestmark = pytest.mark.gpu
 
-CASE = Case("streams", batch=2, seqlen_q=511, seqlen_k=511, num_heads=4, num_kv_heads=2, causal=True, deterministic=True)
+CASE = Case(
+    "streams", batch=2, seqlen_q=511, seqlen_k=511, num_heads=4, num_kv_heads=2, causal=True, deterministic=True
+)
 
 
 def assert_same(results: dict, expected: dict) -> None:
