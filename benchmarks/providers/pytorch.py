@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import importlib
 from collections.abc import Callable
 
@@ -74,8 +74,6 @@ class Sdpa(TorchProvider):
         return missing_feature(cell, self._features)
 
     def gate_cell(self, cell: Cell) -> Cell:
-        import dataclasses
-
         return dataclasses.replace(cell, feature="plain") if cell.dropout_p else cell
 
     def function(self, cell: Cell, arrays: dict) -> Callable:
@@ -157,14 +155,11 @@ class FlashAttention(TorchProvider):
     def _library(self):
         reasons = []
         for name in self._modules:
-            with contextlib.suppress(ModuleNotFoundError):
-                try:
-                    return importlib.import_module(name)
-                except ModuleNotFoundError:
-                    raise
-                except Exception as error:  # a broken build must not stop the other libraries
-                    reasons.append(f"{name}: {reason(error)}")
-        raise Unavailable("; ".join(reasons) or f"{' and '.join(self._modules)} are not installed")
+            try:
+                return importlib.import_module(name)
+            except Exception as error:  # not installed, or a build that does not fit: the other libraries go on
+                reasons.append(f"{name}: {reason(error)}")
+        raise Unavailable("; ".join(reasons))
 
     def unsupported(self, cell: Cell, pass_: str) -> str | None:
         return missing_feature(cell, self._features, window=True)
