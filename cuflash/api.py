@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -128,10 +129,10 @@ def attention(
     ((1, 8, 100), dtype('float32'))
     """
     call = dispatch.request(
-        q, k, v, causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask, bias,
-        dropout_p, seed, offset, seqused_q, seqused_k, deterministic, return_lse, layout, out, copy, backend,
+        q, k, v, causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, score_mod, mask_mod, block_mask,
+        bias, dropout_p, seed, offset, seqused_q, seqused_k, deterministic, return_lse, layout, out, copy, backend,
     )  # fmt: skip
-    if dropout_p and seed is None:
+    if _lacks_seed(dropout_p, seed):
         call = call._replace(seed=_draw_seed())
     adapter = common_adapter(call.operands)
     adapter.refuse_autograd(call.operands)
@@ -165,7 +166,7 @@ def vjp(q: Array, k: Array, v: Array, **keywords) -> tuple[Array | tuple[Array, 
     >>> gradients.dq.shape, gradients.dsinks
     ((1, 100, 8, 64), None)
     """
-    if keywords.get("dropout_p") and keywords.get("seed") is None:
+    if _lacks_seed(keywords.get("dropout_p", 0.0), keywords.get("seed")):
         keywords["seed"] = _draw_seed()
     call = dispatch.request(q, k, v, **keywords)
     out, lse = dispatch.forward(common_adapter(call.operands), call, want_lse=True, keeps_q=True)
@@ -250,7 +251,9 @@ UNLANDED = {  # the nearest choices are in problem.py
 }
 
 
-def supports(keyword: str | None = None, *, backend: str | None = None, dtype: str | None = None) -> tuple[Support, ...]:
+def supports(
+    keyword: str | None = None, *, backend: str | None = None, dtype: str | None = None
+) -> tuple[Support, ...]:
     """Rows of the table of features, backends and dtypes, forward and backward; all rows by default.
 
     Parameters
@@ -327,7 +330,7 @@ def explain(q: Array, k: Array, v: Array, *, device: str | None = None, **keywor
     >>> q = np.zeros((2, 1000, 8, 128), np.float16)
     >>> cuflash.explain(q, q, q, causal=True)
     numpy backend, float16, softmax in float32
-      forward and backward: tiles of 256 rows and 256 keys, one head group after the other
+      forward and backward: tiles of 256 rows and 256 keys, one head group at a time
       memory: out 4.1 MB, lse 0.1 MB, dq, dk and dv 12.3 MB, nothing of size seqlen_q x seqlen_k
     >>> cuflash.explain(q, q, q, causal=True, device="sm_90a").plans[0].steps[0].grid
     128
@@ -378,13 +381,17 @@ def _explain_host(problem: Problem) -> str:
     rows, keys = numpy_tiles.rows_per_head(problem), numpy_tiles.BLOCK_N
     lines = (
         f"numpy backend, {problem.dtype}, softmax in {problem.accumulator}",
-        f"  forward and backward: tiles of {rows * problem.group_size} rows and {keys} keys, one head group after the other",
+        f"  forward and backward: tiles of {rows * problem.group_size} rows and {keys} keys, one head group at a time",
         f"  memory: out {megabytes(problem.out_shape, itemsize=itemsize)},"
         f" lse {megabytes(problem.lse_shape, itemsize=ITEMSIZE[problem.accumulator])},"
         f" dq, dk and dv {megabytes(problem.q.shape, problem.k.shape, problem.v.shape, itemsize=itemsize)},"
         " nothing of size seqlen_q x seqlen_k",
     )
     return "\n".join(lines)
+
+
+def _lacks_seed(dropout_p: float, seed: int | None) -> bool:
+    return seed is None and isinstance(dropout_p, numbers.Real) and dropout_p > 0
 
 
 def _draw_seed() -> int:

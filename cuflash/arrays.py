@@ -107,7 +107,8 @@ class NumpyAdapter(Adapter):
         return array.shape, array.strides, array.dtype, array.__array_interface__["data"][0] % 16
 
     def view(self, array: np.ndarray) -> View:
-        return View(self.pointer(array), array.shape, element_strides(array), dtype_name(array.dtype), ("cpu", 0), array)
+        dtype = dtype_name(array.dtype)
+        return View(self.pointer(array), array.shape, element_strides(array), dtype, ("cpu", 0), array)
 
     def is_addressable(self, array: np.ndarray) -> bool:
         return array.flags.aligned
@@ -214,7 +215,7 @@ class TorchAdapter(Adapter):
     def stream(self, device_index: int) -> int:
         return self._torch.cuda.current_stream(device_index).cuda_stream
 
-    @lru_cache(maxsize=None)  # noqa: B019 - adapters live as long as the process
+    @cache  # noqa: B019 - adapters live as long as the process
     def _device(self, index: int) -> Array:
         return self._torch.device("cuda", index)
 
@@ -400,9 +401,10 @@ def common_adapter(operands: Mapping[str, Array]) -> Adapter:
 
 
 def _check_kinds(adapter: Adapter, operands: Mapping[str, Array]) -> None:
+    kind = _full_name(type(operands["q"]))
     for name, array in operands.items():
         if adapter_of(array, name).kind != adapter.kind:
-            raise TypeError(f"{name} is a {_full_name(type(array))}; it must be q's kind, {_full_name(type(operands['q']))}")
+            raise TypeError(f"{name} is a {_full_name(type(array))}; it must be q's kind, {kind}")
 
 
 def _adapter_class(cls: type, name: str) -> type[Adapter]:
@@ -410,7 +412,8 @@ def _adapter_class(cls: type, name: str) -> type[Adapter]:
     if issubclass(cls, np.ndarray):
         if cls in (np.ndarray, np.memmap):
             return NumpyAdapter
-        raise TypeError(f"{name} is a {_full_name(cls)}, whose own rules would be ignored; attention takes plain numpy.ndarray")
+        rule = "whose own rules would be ignored; attention takes plain numpy.ndarray"
+        raise TypeError(f"{name} is a {_full_name(cls)}, {rule}")
     if library == "cupy" and cls.__name__ == "ndarray":
         return CupyAdapter
     if library == "torch" and cls.__name__ in ("Tensor", "Parameter"):

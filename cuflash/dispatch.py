@@ -23,6 +23,7 @@ from cuflash.problem import (
     check_copy,
     check_copy_keyword,
     check_dropout,
+    check_flag,
     check_out,
     check_used_lengths,
     refuse_unlanded,
@@ -129,6 +130,8 @@ def request(
         operands["out"] = out
     if type(window_size) is list:
         window_size = tuple(window_size)
+    if type(return_lse) is not bool:
+        return_lse = check_flag("return_lse", return_lse)
     options = Options(causal, window_size, softmax_scale, softcap, dropout_p, deterministic, layout, copy, backend)
     return Request(operands, options, seed, offset, return_lse)
 
@@ -152,7 +155,7 @@ def forward(lender: Adapter, call: Request, *, want_lse: bool, keeps_q: bool = F
 
 
 def backward(lender: Adapter, call: Request) -> dict[str, Array]:
-    """Run the backward pass of a request that also holds dout, out, lse and perhaps dlse: dq, dk, dv, perhaps dsinks."""
+    """Run the backward pass of a request that also holds dout, out, lse and perhaps dlse; gradients by name."""
     adapter, arrays, prepared = prepare(lender, call.operands, call.options)
     problem = _with_seed(prepared.problem, call)
     if prepared.backend == "numpy":
@@ -240,7 +243,7 @@ def choose_backend(requested: str | None, q: View) -> str:
     on_gpu = q.device[0] == "cuda"
     if requested is None:
         return "cuda" if on_gpu else "numpy"
-    if requested not in BACKENDS:
+    if not isinstance(requested, str) or requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}; it must be None or one of {', '.join(map(repr, BACKENDS))}")
     if requested == "sm90":
         raise NotImplementedError("backend is 'sm90', which has no kernels yet; 'sm80' runs on Hopper GPUs too")
@@ -253,7 +256,7 @@ def choose_backend(requested: str | None, q: View) -> str:
 
 def _with_seed(problem: Problem, call: Request) -> Problem:
     """Prepared problems know no seed; every call brings its own."""
-    if call.seed is None and call.offset == 0 and problem.dropout is None:
+    if problem.dropout is None and call.seed is None and type(call.offset) is int and call.offset == 0:
         return problem
     dropout = check_dropout(call.options.dropout_p, call.seed, call.offset)
     return problem if dropout is None else problem.with_seed(dropout.seed, dropout.offset)

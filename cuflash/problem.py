@@ -188,10 +188,9 @@ class Problem:
         _check_results(views, layout, (batch, seqlen_q, num_heads, head_dim_v))
         for name, view in views.items():
             _check_strides(name, view)
-        if dropout_p and max(batch, num_heads) >= MAX_DROPOUT_AXIS:
-            raise ValueError(
-                f"q has batch {batch} and {num_heads} heads; dropout needs both below {MAX_DROPOUT_AXIS}"
-            )
+        dropout = check_dropout(dropout_p, seed, offset)
+        if dropout is not None and max(batch, num_heads) >= MAX_DROPOUT_AXIS:
+            raise ValueError(f"q has batch {batch} and {num_heads} heads; dropout needs both below {MAX_DROPOUT_AXIS}")
         return cls(
             layout=Dense(batch, seqlen_q, seqlen_k, "seqused_q" in views, "seqused_k" in views),
             num_heads=num_heads,
@@ -207,8 +206,8 @@ class Problem:
                 alibi_per_batch="alibi_slopes" in views and len(views["alibi_slopes"].shape) == 2,
             ),
             sinks="sinks" in views,
-            dropout=check_dropout(dropout_p, seed, offset),
-            deterministic=_check_flag("deterministic", deterministic),
+            dropout=dropout,
+            deterministic=check_flag("deterministic", deterministic),
             q=q,
             k=k,
             v=v,
@@ -322,7 +321,7 @@ def check_used_lengths(name: str, lengths: np.ndarray, longest: int) -> None:
 
 
 def check_out(views: Mapping[str, View], *, writable: bool, keeps_q: bool = False) -> None:
-    """Check that ``out`` can be written without changing what is still to be read; ``keeps_q`` forbids ``out=q`` too."""
+    """Check that writing ``out`` changes nothing that is still to be read; ``keeps_q`` forbids ``out=q`` too."""
     out = views["out"]
     if not writable:
         raise ValueError("out is read-only; it must be writable")
@@ -347,8 +346,9 @@ def check_copy(name: str, view: View, copy: bool | None, *, addressable: bool = 
     if addressable and (view.is_contiguous if name in PACKED else view.is_row_contiguous):
         return False
     if copy is not None:
-        rule = "it must be contiguous" if name in PACKED else "its last axis must be contiguous and aligned to its items"
-        raise ValueError(f"{name} has strides {view.strides}; {rule} where copy=False refuses a copy")
+        part = "all of it" if name in PACKED else "its last axis"
+        rule = f"{part} must be contiguous and aligned where copy=False refuses a copy"
+        raise ValueError(f"{name} has strides {view.strides}; {rule}")
     return True
 
 
@@ -370,7 +370,7 @@ def _check_real(name: str, value: float) -> float:
         raise ValueError(f"{name} is {value!r}; it must be finite") from None
 
 
-def _check_flag(name: str, value: bool) -> bool:
+def check_flag(name: str, value: bool) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} is {value!r}; it must be True or False")
     return bool(value)

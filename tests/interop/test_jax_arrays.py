@@ -36,7 +36,9 @@ def test_the_same_answers_as_numpy(dtype):
 def test_heads_before_rows():
     q, k, v, _ = operands("float32")
     by_heads = [array.swapaxes(1, 2) for array in (q, k, v)]
-    np.testing.assert_array_equal(cuflash.attention(*by_heads, layout="bhsd"), cuflash.attention(q, k, v).swapaxes(1, 2))
+    np.testing.assert_array_equal(
+        cuflash.attention(*by_heads, layout="bhsd"), cuflash.attention(q, k, v).swapaxes(1, 2)
+    )
 
 
 def test_arrays_are_never_written():

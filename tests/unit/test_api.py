@@ -10,8 +10,8 @@ import pytest
 
 import cuflash
 from cuflash import dispatch
-from cuflash.testing import Arrays, check, random_arrays
 from cuflash.problem import Problem, View
+from cuflash.testing import Arrays, check, random_arrays
 
 
 def operands(*, dtype: str = "float32", num_heads: int = 4, num_kv_heads: int = 2, seqlen_k: int = 41) -> Arrays:
@@ -66,12 +66,16 @@ def test_columns_that_are_not_contiguous_are_copied_or_refused():
     expected = cuflash.attention(arrays.q, arrays.k, arrays.v)
     fortran = np.asfortranarray(arrays.q)
     np.testing.assert_array_equal(cuflash.attention(fortran, arrays.k, arrays.v), expected)
-    with pytest.raises(ValueError, match=r"^q has strides .*; its last axis must be contiguous .* copy=False"):
+    with pytest.raises(
+        ValueError, match=r"^q has strides .*; its last axis must be contiguous and aligned where copy=False"
+    ):
         cuflash.attention(fortran, arrays.k, arrays.v, copy=False)
     off_grid = np.zeros(arrays.q.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(arrays.q.shape)
     off_grid[:] = arrays.q
     np.testing.assert_array_equal(cuflash.attention(off_grid, arrays.k, arrays.v), expected)
-    with pytest.raises(ValueError, match=r"^q has strides .* aligned to its items where copy=False"):
+    with pytest.raises(
+        ValueError, match=r"^q has strides .*; its last axis must be contiguous and aligned where copy=False"
+    ):
         cuflash.attention(off_grid, arrays.k, arrays.v, copy=False)
     with pytest.raises(ValueError, match=r"^copy is True; it must be None"):
         cuflash.attention(arrays.q, arrays.k, arrays.v, copy=True)
@@ -230,11 +234,16 @@ def test_errors_are_not_remembered(calls):
     assert not calls
 
 
-@pytest.mark.parametrize("keyword", ["causal", "softmax_scale", "softcap", "dropout_p", "layout", "copy", "backend"])
-def test_keywords_that_cannot_be_hashed_are_named(keyword):
+SCALARS = ["causal", "window_size", "softmax_scale", "softcap", "dropout_p", "seed", "offset", "deterministic"]
+
+
+@pytest.mark.parametrize("keyword", [*SCALARS, "return_lse", "layout", "copy", "backend"])
+@pytest.mark.parametrize("value", [[1.0], np.ones(2), np.ones(())], ids=["list", "array", "zero-dimensional array"])
+def test_keywords_that_are_no_scalars_are_named(keyword, value):
     arrays = operands()
-    with pytest.raises((TypeError, ValueError), match=f"^{keyword} is "):
-        cuflash.attention(arrays.q, arrays.k, arrays.v, **{keyword: [1.0]})
+    for function in (cuflash.attention, cuflash.vjp):
+        with pytest.raises((TypeError, ValueError), match=f"^{keyword} is "):
+            function(arrays.q, arrays.k, arrays.v, **{keyword: value})
 
 
 def test_a_window_may_be_a_list():

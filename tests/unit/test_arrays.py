@@ -44,7 +44,12 @@ def test_a_view_of_numpy_memory():
     array = normal(4, 6, 8, 10)[1:, ::-2]
     view = the(NumpyAdapter).view(array)
     assert view.pointer == array.ctypes.data and view.owner is array
-    assert (view.shape, view.strides, view.dtype, view.device) == ((3, 3, 8, 10), (480, -160, 10, 1), "float32", ("cpu", 0))
+    assert (view.shape, view.strides, view.dtype, view.device) == (
+        (3, 3, 8, 10),
+        (480, -160, 10, 1),
+        "float32",
+        ("cpu", 0),
+    )
     assert the(NumpyAdapter).view(array.astype(ml_dtypes.bfloat16)).dtype == "bfloat16"
 
 
@@ -57,7 +62,14 @@ def test_a_fingerprint_holds_what_checks_depend_on():
     adapter, array = the(NumpyAdapter), normal(4, 8)
     aligned = adapter.fingerprint(array)
     assert aligned == adapter.fingerprint(array[:])
-    others = [array[:, 1:], array[:2], array[:, ::2], array.astype(np.float64), array.astype(">f4"), array.ravel()[1:].reshape(-1)]
+    others = [
+        array[:, 1:],
+        array[:2],
+        array[:, ::2],
+        array.astype(np.float64),
+        array.astype(">f4"),
+        array.ravel()[1:].reshape(-1),
+    ]
     assert aligned not in [adapter.fingerprint(other) for other in others]
 
 
@@ -65,16 +77,28 @@ def test_a_fingerprint_holds_what_checks_depend_on():
     ("q", "message"),
     [
         ([[1.0]], "q is a list; attention takes NumPy, CuPy, PyTorch or JAX arrays, or objects with __dlpack__"),
-        (np.float32(1), "q is a numpy.float32; attention takes NumPy, CuPy, PyTorch or JAX arrays, or objects with __dlpack__"),
+        (
+            np.float32(1),
+            "q is a numpy.float32; attention takes NumPy, CuPy, PyTorch or JAX arrays, or objects with __dlpack__",
+        ),
         (None, "q is a NoneType; attention takes NumPy, CuPy, PyTorch or JAX arrays, or objects with __dlpack__"),
-        (np.ma.ones((1, 2, 1, 8)), "q is a numpy.ma.MaskedArray, whose own rules would be ignored; attention takes plain numpy.ndarray"),
-        (np.ones((1, 1)).view(np.matrix), "q is a numpy.matrix, whose own rules would be ignored; attention takes plain numpy.ndarray"),
-        (normal(1, 2, 1, 8).astype(">f4"), "q is byte-swapped float32; attention takes float16, bfloat16, float32, float64"),
+        (
+            np.ma.ones((1, 2, 1, 8)),
+            "q is a numpy.ma.MaskedArray, whose own rules would be ignored; attention takes plain numpy.ndarray",
+        ),
+        (
+            np.ones((1, 1)).view(np.matrix),
+            "q is a numpy.matrix, whose own rules would be ignored; attention takes plain numpy.ndarray",
+        ),
+        (
+            normal(1, 2, 1, 8).astype(">f4"),
+            "q is byte-swapped float32; attention takes float16, bfloat16, float32, float64",
+        ),
         (normal(1, 2, 1, 8).astype(complex), "q is complex128; attention takes float16, bfloat16, float32, float64"),
         (np.array([[[["text"]]]], object), "q is object; attention takes float16, bfloat16, float32, float64"),
         (np.zeros((1, 2, 1, 8), "V0"), "q is void; attention takes float16, bfloat16, float32, float64"),
     ],
-)  # fmt: skip
+)
 def test_arrays_that_are_refused(q, message):
     with pytest.raises(TypeError) as raised:
         cuflash.attention(q, q, q)
@@ -154,7 +178,12 @@ def test_cupy_arrays():
     adapter = adapter_of(array)
     assert adapter is the(CupyAdapter)
     view = adapter.view(array)
-    assert (view.shape, view.strides, view.dtype, view.device) == ((3, 3, 8, 10), (480, -160, 10, 1), "float16", ("cuda", 0))
+    assert (view.shape, view.strides, view.dtype, view.device) == (
+        (3, 3, 8, 10),
+        (480, -160, 10, 1),
+        "float16",
+        ("cuda", 0),
+    )
     assert view.pointer == array.data.ptr and adapter.pointer(array) == array.data.ptr
     assert adapter.empty((2, 3), "bfloat16", 0).owner.dtype == ml_dtypes.bfloat16
     stream = cupy.cuda.Stream(non_blocking=True)

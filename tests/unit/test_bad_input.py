@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from cases import MEMORY
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import cuflash
-from cases import MEMORY
 from cuflash.problem import Problem, View
 from cuflash.testing import Arrays, check, numpy_dtype
 
@@ -19,10 +19,29 @@ LAYOUTS = {
     "every second column": lambda array: np.repeat(array, 2, axis=-1)[..., ::2],
     "one sequence for all": lambda array: np.broadcast_to(array[:1], array.shape),
 }
-NAMES = tuple(cuflash.attention.__kwdefaults__) + ("q", "k", "v", "dout", "lse", "dlse")
+NAMES = (*cuflash.attention.__kwdefaults__, "q", "k", "v")
 JUNK = st.sampled_from(
-    [None, True, -1, 2, 0.5, 1e300, float("nan"), float("inf"), 1 << 70, "x", "top_left", (1,), (-2, 0), (0, 1.5), [], {}, object()]
-)  # fmt: skip
+    [
+        None,
+        True,
+        -1,
+        2,
+        0.5,
+        1e300,
+        float("nan"),
+        float("inf"),
+        1 << 70,
+        "x",
+        "top_left",
+        (1,),
+        (-2, 0),
+        (0, 1.5),
+        [],
+        {},
+        object(),
+        np.ones(3),
+    ]
+)
 
 
 @dataclass
@@ -95,7 +114,9 @@ def damaged_calls(draw: st.DrawFn) -> Call:
 DAMAGES = {
     "an axis more": lambda array: array[None],
     "an axis less": lambda array: array.reshape(-1),
-    "one longer": lambda array: np.concatenate([array, array[:1]]) if len(array) else np.zeros((1, *array.shape[1:]), array.dtype),
+    "one longer": lambda array: (
+        np.concatenate([array, array[:1]]) if len(array) else np.zeros((1, *array.shape[1:]), array.dtype)
+    ),
     "last axis longer": lambda array: np.concatenate([array, array[..., :1]], axis=-1),
     "axes reversed": lambda array: array.T,
     "integers": lambda array: np.zeros(array.shape, np.int64),
@@ -106,7 +127,7 @@ DAMAGES = {
     "masked": np.ma.asarray,
     "nothing": lambda array: None,
     "negative": lambda array: -array,
-}  # fmt: skip
+}
 
 REFUSALS = (TypeError, ValueError, NotImplementedError)
 

@@ -78,8 +78,12 @@ def array_at(view: View) -> np.ndarray:
     memory, dtype = Memory(), numpy_dtype(view.dtype)
     strides = tuple(stride * dtype.itemsize for stride in view.strides)
     memory.__array_interface__ = {
-        "version": 3, "data": (view.pointer, False), "shape": view.shape, "strides": strides, "typestr": f"|V{dtype.itemsize}"
-    }  # fmt: skip
+        "version": 3,
+        "data": (view.pointer, False),
+        "shape": view.shape,
+        "strides": strides,
+        "typestr": f"|V{dtype.itemsize}",
+    }
     return np.asarray(memory).view(dtype)
 
 
@@ -101,7 +105,9 @@ class HostBackend:
     def backward(self, problem, device_index, views, stream, allocate) -> None:
         operands = self._operands(problem, device_index, views, stream, allocate)
         results = {name: operands.pop(name) for name in ("dq", "dk", "dv", "dsinks") if name in operands}
-        for name, gradient in zip(("dq", "dk", "dv", "dsinks"), numpy_backend.backward(problem, **operands), strict=True):
+        for name, gradient in zip(
+            ("dq", "dk", "dv", "dsinks"), numpy_backend.backward(problem, **operands), strict=True
+        ):
             if gradient is not None:
                 results[name][:] = gradient
 
@@ -139,11 +145,17 @@ CALLS = {
         "v": normal(2, 41, 4, 24)[:, ::-1, ::2],
     },
     "features": {
-        "q": normal(2, 33, 4, 16), "k": normal(2, 41, 2, 16, seed=1), "v": normal(2, 41, 2, 24, seed=2),
-        "alibi_slopes": np.broadcast_to(np.float32(0.5), (2, 4)), "sinks": normal(8, dtype="float32")[::2],
-        "seqused_q": np.array([33, 5], np.int32), "seqused_k": np.array([0, 40], np.int32), "dropout_p": 0.5, "seed": 4,
+        "q": normal(2, 33, 4, 16),
+        "k": normal(2, 41, 2, 16, seed=1),
+        "v": normal(2, 41, 2, 24, seed=2),
+        "alibi_slopes": np.broadcast_to(np.float32(0.5), (2, 4)),
+        "sinks": normal(8, dtype="float32")[::2],
+        "seqused_q": np.array([33, 5], np.int32),
+        "seqused_k": np.array([0, 40], np.int32),
+        "dropout_p": 0.5,
+        "seed": 4,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CALLS)

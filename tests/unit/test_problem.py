@@ -1,4 +1,4 @@
-"""Every rule of the input: the argument, its value and the rule are in the message, and the problem says what was meant."""
+"""Every rule of the input, by its message (argument, value, rule), and what a problem says of an input that is right."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_fields():
 
 
 def test_layouts_describe_the_same_problem():
-    bhsd = {name: View.of(tuple(view.shape[axis] for axis in (0, 2, 1, 3)), view.dtype) for name, view in views().items()}
+    bhsd = {
+        name: View.of(tuple(view.shape[axis] for axis in (0, 2, 1, 3)), view.dtype) for name, view in views().items()
+    }
     problem, canonical = Problem.build(bhsd, layout="bhsd"), Problem.build(views())
     assert problem.q.shape == Q and problem.q.strides == (8 * 33 * 64, 64, 33 * 64, 1)
     assert (problem.layout, problem.num_heads, problem.head_dim_v) == (canonical.layout, 8, 40)
@@ -90,7 +92,10 @@ def test_an_axis_of_one_element_aligns_with_everything():
     ("changes", "message"),
     [
         ({"q": (2, 33, 8)}, "q has shape (2, 33, 8); it must have four axes, (batch, seqlen, heads, head_dim)"),
-        ({"v": (2, 47, 2, 2, 40)}, "v has shape (2, 47, 2, 2, 40); it must have four axes, (batch, seqlen, heads, head_dim)"),
+        (
+            {"v": (2, 47, 2, 2, 40)},
+            "v has shape (2, 47, 2, 2, 40); it must have four axes, (batch, seqlen, heads, head_dim)",
+        ),
         ({"k": (2, 1 << 30, 2, 64)}, f"k has shape {(2, 1 << 30, 2, 64)}; every axis must be shorter than 2**30"),
         ({"k": (2, 47, 6, 64)}, "k has 6 heads; q's 8 heads need a divisor of 8"),
         ({"k": (2, 47, 16, 64), "v": (2, 47, 16, 40)}, "k has 16 heads; q's 8 heads need a divisor of 8"),
@@ -111,7 +116,10 @@ def test_an_axis_of_one_element_aligns_with_everything():
         ({"alibi_slopes": View.of((8, 2), "float32")}, "alibi_slopes has shape (8, 2); it must be (8,) or (2, 8)"),
         ({"seqused_q": View.of((3,), "int32")}, "seqused_q has shape (3,); it must be (batch,) = (2,)"),
         ({"seqused_k": View.of((2, 1), "int32")}, "seqused_k has shape (2, 1); it must be (batch,) = (2,)"),
-        ({"k": View(0, K, (6016, 128, 64, 2), "float16")}, "k has strides (6016, 128, 64, 2); its last axis must be contiguous"),
+        (
+            {"k": View(0, K, (6016, 128, 64, 2), "float16")},
+            "k has strides (6016, 128, 64, 2); its last axis must be contiguous",
+        ),
         ({"sinks": View(0, (8,), (2,), "float32")}, "sinks has strides (2,); its last axis must be contiguous"),
         ({"k": View.of(K, "float16", ("cuda", 1))}, "k is on cuda:1; it must be on q's cpu"),
     ],
@@ -125,7 +133,10 @@ def test_wrong_arrays(changes, message):
     ("changes", "message"),
     [
         ({"q": View.of(Q, "int32")}, "q is int32; attention takes float16, bfloat16, float32, float64"),
-        ({"q": View.of(Q, "byte-swapped float32")}, "q is byte-swapped float32; attention takes float16, bfloat16, float32, float64"),
+        (
+            {"q": View.of(Q, "byte-swapped float32")},
+            "q is byte-swapped float32; attention takes float16, bfloat16, float32, float64",
+        ),
         ({"k": View.of(K, "bfloat16")}, "k is bfloat16; it must have q's dtype, float16"),
         ({"out": View.of(Q, "float32")}, "out is float32; it must have q's dtype, float16"),
         ({"sinks": View.of((8,), "float16")}, "sinks is float16; it must be float32"),
@@ -133,7 +144,7 @@ def test_wrong_arrays(changes, message):
         ({"seqused_k": View.of((2,), "int64")}, "seqused_k is int64; it must be int32"),
         ({"lse": View.of((2, 8, 33), "float64")}, "lse is float64; it must be float32"),
     ],
-)  # fmt: skip
+)
 def test_wrong_dtypes(changes, message):
     with refused(TypeError, message):
         Problem.build(views(**changes))
@@ -224,13 +235,16 @@ def test_dropout_needs_few_heads_and_sequences():
 def test_copies_are_needed_and_can_be_refused():
     strided = View(0, K, (6016, 128, 64, 2), "float16")
     assert check_copy("k", strided, None) and not check_copy("k", View.of(K, "float16"), False)
-    rule = "its last axis must be contiguous and aligned to its items where copy=False refuses a copy"
+    rule = "its last axis must be contiguous and aligned where copy=False refuses a copy"
     with refused(ValueError, f"k has strides (6016, 128, 64, 2); {rule}"):
         check_copy("k", strided, False)
     with refused(ValueError, f"k has strides {View.of(K, 'float16').strides}; {rule}"):
         check_copy("k", View.of(K, "float16"), False, addressable=False)
     broadcast = View(0, (2, 8), (0, 1), "float32")  # slopes without strides in the kernels
-    with refused(ValueError, "alibi_slopes has strides (0, 1); it must be contiguous where copy=False refuses a copy"):
+    with refused(
+        ValueError,
+        "alibi_slopes has strides (0, 1); all of it must be contiguous and aligned where copy=False refuses a copy",
+    ):
         check_copy("alibi_slopes", broadcast, False)
 
 
