@@ -63,7 +63,7 @@ class View:
     @property
     def is_row_contiguous(self) -> bool:
         """Whether neighbours on the last axis are neighbours in memory; always so where no two of them exist."""
-        return self.shape[-1] <= 1 or self.strides[-1] == 1 or 0 in self.shape
+        return not self.shape or self.shape[-1] <= 1 or self.strides[-1] == 1 or 0 in self.shape
 
     @property
     def is_contiguous(self) -> bool:

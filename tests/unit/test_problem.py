@@ -91,6 +91,7 @@ def test_an_axis_of_one_element_aligns_with_everything():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"q": ()}, "q has shape (); it must have four axes, (batch, seqlen, heads, head_dim)"),
         ({"q": (2, 33, 8)}, "q has shape (2, 33, 8); it must have four axes, (batch, seqlen, heads, head_dim)"),
         (
             {"v": (2, 47, 2, 2, 40)},
