@@ -33,7 +33,7 @@ METRICS = {"read_bytes": "dram__bytes_read.sum", "written_bytes": "dram__bytes_w
 # GPT-2 medium's attention (16 heads of 64, 1024 tokens, batch 64), forward and backward, without mask and dropout.
 CELL = Cell(64, 1024, 1024, 16, 16, 64, 64, "full", "plain", "float16")
 PROVIDERS = ("standard", "cuflash")
-UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def gflop(provider: str, cell: Cell) -> float:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gpu import gpu_record, sanitize
+from rich.console import Console
 
-from benchmarks import energy, hbm, host, memory, numpy_dense, plot, providers, record, run, standard, timing
+from benchmarks import accuracy, energy, hbm, host, memory, numpy_dense, plot, providers, record, run, standard, timing
 from benchmarks.inputs import random_inputs
 from benchmarks.providers.base import Bound, Provider
 from benchmarks.reference import Gate, Precision, head_reference, sampled_heads
@@ -294,10 +295,9 @@ class TestRecord:
     def test_environment_has_the_first_columns(self):
         assert tuple(record.environment()) == record.ENVIRONMENT_COLUMNS
 
-    @pytest.mark.parametrize("columns", [memory.COLUMNS, host.HOST_COLUMNS, host.COMPILE_COLUMNS, hbm.COLUMNS,
-                                         energy.COLUMNS, standard.COLUMNS, numpy_dense.COLUMNS])  # fmt: skip
-    def test_every_table_begins_with_them(self, columns):
-        assert columns[:5] == record.ENVIRONMENT_COLUMNS
+    @pytest.mark.parametrize("module", [accuracy, energy, hbm, memory, numpy_dense, standard])
+    def test_every_table_begins_with_them(self, module):
+        assert module.COLUMNS[:5] == record.ENVIRONMENT_COLUMNS
 
     def test_gpu_tests_of_the_same_code_are_merged(self):
         entries = {"t::a": {"outcome": "passed"}, "t::b": {"outcome": "skipped", "reason": "one device"}}
@@ -372,6 +372,14 @@ class TestOtherMeasurements:
         assert seconds >= 2.0
         assert joules / seconds == pytest.approx(500.0)
         assert calls == pytest.approx(seconds / 0.01, rel=0.1)
+
+    def test_accuracy_with_outliers(self):
+        cell = dataclasses.replace(SMALL, mask="full", dtype="float16")
+        arrays = accuracy.outlier_inputs(cell, np, seed=0)
+        share = np.mean(np.abs(arrays["q"].astype(np.float32)) > 6)
+        assert 0 < share < 2 * accuracy.OUTLIERS
+        (row,) = accuracy.measure(cell, ["cuflash_numpy"], 1, Console())
+        assert 1e-5 < float(row["rmse"]) < float(row["max_error"]) < 1e-2
 
     def test_host_time_is_a_median_for_one_call(self):
         assert 0 < host.microseconds(lambda: None, lambda: None, enqueues=100, repeats=3) < 1000
