@@ -1,4 +1,4 @@
-"""Every rule of the input, by its message (argument, value, rule), and what a problem says of an input that is right."""
+"""Every rule of the input, by its message (argument, value, rule); and the fields of a problem."""
 
 from __future__ import annotations
 
