@@ -12,7 +12,7 @@ from cuflash.dropout import keep_mask
 from cuflash.testing import check
 from emulated.emulation import Emulation, Schedule, forward, problem_of
 
-ARCHES = ("sm_80", "sm_86", "sm_90a")  # one of each class of shared memory, which is what tiles depend on
+ARCHES = ("sm_80", "sm_86", "sm_100")  # one of each class of shared memory, which is what tiles depend on
 BY_ID = {case.id: case for case in CASES}
 SMALL_TILES = {
     "16 rows a warp": (("block_m", 32), ("block_n", 32), ("num_warps", 2), ("num_stages", 2)),

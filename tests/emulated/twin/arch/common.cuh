@@ -2,11 +2,7 @@
 // (memory order, cache hints) is dropped; everything else is checked.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
+#include <stdint.h>
 
 #include "machine/machine.h"
 #include "params.cuh"
@@ -15,14 +11,22 @@
 #define KERNEL(threads, min_blocks) extern "C" void
 #define GRID_CONSTANT const
 
-using std::max;
-using std::min;
-
 using SharedAddress = uint32;
 
 constexpr int kWarpSize = 32;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+
+// The standard headers that declare such functions take longer to parse than a kernel takes to compile; builtins need none.
+template <typename T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
+inline int abs(int value) { return __builtin_abs(value); }
 
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -39,11 +43,11 @@ template <typename To, typename From>
 To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
-  std::memcpy(&to, &from, sizeof to);
+  __builtin_memcpy(&to, &from, sizeof to);
   return to;
 }
 
-DEVICE float infinity() { return std::numeric_limits<float>::infinity(); }
+DEVICE float infinity() { return __builtin_inff(); }
 DEVICE int block_index() { return twin::block_index(); }
 DEVICE int thread_index() { return twin::thread_index(); }
 DEVICE int lane_index() { return twin::thread_index() % kWarpSize; }
@@ -69,12 +73,12 @@ DEVICE float shuffle_xor(float value, int lane_mask, Where where = {}) {
   return bit_cast<float>(shuffle_xor(bit_cast<uint32>(value), lane_mask, where));
 }
 
-DEVICE float exp2(float x) { return ::exp2f(x); }
-DEVICE float log2(float x) { return ::log2f(x); }
+DEVICE float exp2(float x) { return __builtin_exp2f(x); }
+DEVICE float log2(float x) { return __builtin_log2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 
-DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }
-DEVICE float multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+DEVICE float maximum(float a, float b) { return __builtin_fmaxf(a, b); }
+DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 // ---- 16-bit elements: two in a 32-bit register, the lower index in the lower half --------------------------------------------------
 

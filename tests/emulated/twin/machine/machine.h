@@ -2,8 +2,7 @@
 // kernel runs deterministically for a given seed, in any interleaving that the programming model allows.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include <stdint.h>
 
 namespace twin {
 
