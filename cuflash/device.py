@@ -65,6 +65,17 @@ class DeviceInfo:
         """The architecture without its own instructions: what the mma.sync kernels are compiled for."""
         return self.arch.rstrip("a")
 
+    @property
+    def tile_family(self) -> str:
+        """The rows of the tile table that are meant for this device: Hopper's, or those its shared memory allows.
+
+        >>> DeviceInfo.named("sm_89").tile_family
+        'sm_86'
+        """
+        if self.major == 9:
+            return "sm_90"
+        return next(family for shared, family in TILE_FAMILIES if shared * KB <= self.shared_per_block)
+
     def blocks_per_sm(self, threads: int, shared_bytes: int, registers: int = 0) -> int:
         """Thread blocks that fit on one multiprocessor together; 0 registers leaves registers out of the count.
 
@@ -78,6 +89,7 @@ class DeviceInfo:
         return min(limits)
 
 
+TILE_FAMILIES = ((227, "sm_100"), (163, "sm_80"), (99, "sm_86"))  # least KB of shared memory per block, richest first
 SHARED_RESERVED = 1 * KB  # taken by the driver from every block, from sm_80 on
 REGISTER_GRANULE = 8
 

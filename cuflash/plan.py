@@ -197,17 +197,18 @@ CONFIG_FIELDS = {
 
 
 def _tile(problem: Problem, device: DeviceInfo, pass_: str) -> TileRow:
-    has_dropout = problem.dropout is not None
-    return row_for(device.shared_per_block, pass_, problem.head_dim, problem.head_dim_v, dropout=has_dropout)
+    extras = (
+        _scale_first(problem)
+        + (problem.dropout is not None)
+        + 2 * (_load_bytes(problem, pass_) < WIDEST_LOAD)
+        + (problem.modifiers.softcap != 0 and pass_ == "backward")
+    )
+    return row_for(device.tile_family, pass_, problem.head_dim, problem.head_dim_v, extras=extras)
 
 
 def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
     """All compile-time choices, as C++ type and value by name."""
     mask, modifiers = problem.mask, problem.modifiers
-    loaded = [spec for spec in (problem.q, problem.k, problem.v, problem.dout) if spec is not None]
-    stored = [] if tile.pass_ == "backward" or problem.out is None else [problem.out]
-    if tile.pass_ == "backward" and problem.out is not None:
-        loaded.append(problem.out)
     return {
         "Element": ("class", ELEMENTS[problem.dtype]),
         "head_dim": ("int", rounded_head_dim(problem.head_dim)),
@@ -217,12 +218,11 @@ def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
         "num_warps": ("int", tile.num_warps),
         "min_blocks": ("int", tile.min_blocks),
         "num_stages": ("int", tile.num_stages),
-        "load_bytes": ("int", _width(problem, loaded)),
-        "store_bytes": ("int", _width(problem, stored)),
+        "load_bytes": ("int", _load_bytes(problem, tile.pass_)),
+        "store_bytes": ("int", _store_bytes(problem, tile.pass_)),
         "window_left": ("bool", mask.left is not None),
         "window_right": ("bool", mask.right is not None),
-        # Folded into the softmax, the scale must be positive: a row's maximum is taken before it.
-        "scale_first": ("bool", modifiers.softcap != 0 or modifiers.alibi or problem.softmax_scale <= 0),
+        "scale_first": ("bool", _scale_first(problem)),
         "softcap": ("bool", modifiers.softcap != 0),
         "alibi": ("bool", modifiers.alibi),
         "dropout": ("bool", problem.dropout is not None),
@@ -232,10 +232,30 @@ def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
     }
 
 
-def _width(problem: Problem, arrays: list[ArraySpec]) -> int:
-    """Widest access, in bytes, that every array's alignment allows and that ends exactly where its rows end."""
+def _scale_first(problem: Problem) -> bool:
+    """Whether scores are scaled before the softmax instead of in it.
+
+    A row's maximum is taken of what the softmax sees, so the scale it folds in must be positive.
+    """
+    return problem.modifiers.softcap != 0 or problem.modifiers.alibi or problem.softmax_scale <= 0
+
+
+def _load_bytes(problem: Problem, pass_: str) -> int:
+    operands = (problem.q, problem.k, problem.v)
+    return _width(problem, operands if pass_ == "forward" else (*operands, problem.out, problem.dout))
+
+
+def _store_bytes(problem: Problem, pass_: str) -> int:
+    return _width(problem, (problem.out,) if pass_ == "forward" else ())
+
+
+def _width(problem: Problem, arrays: tuple[ArraySpec | None, ...]) -> int:
+    """Widest access, in bytes, that every array's alignment allows and that ends exactly where its rows end.
+
+    Arrays of the library's own (None) are contiguous, so their rows decide.
+    """
     rows = (ITEMSIZE * problem.head_dim, ITEMSIZE * problem.head_dim_v)
-    return math.gcd(WIDEST_LOAD, *rows, *(array.alignment for array in arrays))
+    return math.gcd(WIDEST_LOAD, *rows, *(array.alignment for array in arrays if array is not None))
 
 
 def _step(device: DeviceInfo, entry: str, config: dict[str, tuple[str, object]], grid: int, tile: TileRow) -> Step:

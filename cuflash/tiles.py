@@ -1,18 +1,19 @@
-"""Tile sizes as data: one row per shared-memory class, pass and head_dim bucket, with the reason beside each row.
+"""Tile sizes as data: one row per family of devices, pass, head_dim bucket and demand, with the reason beside each row.
 
-Rows are chosen by how much shared memory a block may use, which is what bounds a tile: 227 KB (sm_90, sm_100), 163 KB
-(sm_80, sm_87), 99 KB (sm_86, sm_89, sm_120).
+Families are told apart by the shared memory that a block may use, which is what bounds a tile: 227 KB (sm_90, sm_100),
+163 KB (sm_80, sm_87), 99 KB (sm_86, sm_89, sm_120). A measured reason is the speed's ratio to FlashAttention-2 (FA2) in the
+same run; benchmarks/NOTES.md has the runs, with the variants that lost.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-KB = 1024
 CHUNK_COLUMNS = 64  # shared memory holds tiles as chunks of 64 columns
 CHUNK_ROW_BYTES = 2 * CHUNK_COLUMNS
 HEAD_DIM_STEP = 32  # kernels are compiled for multiples of this
 STATISTICS_BYTES = 8  # lse and delta of one row
+ANY = 5  # all extras together
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +22,16 @@ class TileRow:
 
     Attributes
     ----------
-    shared : int
-        Shared memory per block, in KB, that a device must offer at least.
+    family : str
+        The devices that the row is for, by their first architecture: `DeviceInfo.tile_family`.
     pass_ : str
         ``"forward"`` or ``"backward"``.
     head_dim : int
         The largest head_dim (or head_dim_v) that the row serves.
-    dropout : bool or None
-        Whether the row is for problems with, without, or (None) for both.
+    extras : int
+        How many features that need registers in the inner loop the row serves at most without spilling them:
+        scores scaled before the softmax, dropout, narrow loads (they count twice) and, in the backward, the derivative
+        of the softcap.
     block_m, block_n : int
         Rows of q and of k that a block works on at a time.
     num_warps, min_blocks, num_stages : int
@@ -39,10 +42,10 @@ class TileRow:
         The measurement that chose the row, or what an unmeasured row was chosen for.
     """
 
-    shared: int
+    family: str
     pass_: str
     head_dim: int
-    dropout: bool | None
+    extras: int
     block_m: int
     block_n: int
     num_warps: int
@@ -58,7 +61,7 @@ class TileRow:
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Dynamic shared memory of the main kernel of the pass: the layout at the top of its .cu file.
 
-        >>> row_for(227 * KB, "forward", 128, 128).shared_bytes(128, 128) // 1024
+        >>> row_for("sm_90", "forward", 128, 128).shared_bytes(128, 128) // 1024
         96
         """
         if self.pass_ == "forward":
@@ -78,52 +81,61 @@ def tile_bytes(rows: int, columns: int) -> int:
 
 # fmt: off
 TILES = (
-    #       KB   pass        D   dropout  m    n   warps blocks stages split
-    TileRow(227, "forward",  64,  False, 128, 128, 4,   2,   2,   1, "unmeasured: 2 blocks of 80 KB share an SM"),
-    TileRow(227, "forward",  64,  True,  128, 64,  4,   2,   2,   1, "unmeasured: random bits need registers"),
-    TileRow(227, "forward",  96,  None,  128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 96 KB share an SM"),
-    TileRow(227, "forward",  128, None,  128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 96 KB share an SM"),
-    TileRow(227, "forward",  192, None,  128, 64,  8,   1,   2,   1, "unmeasured: out in registers, 16 rows a warp"),
-    TileRow(227, "forward",  256, None,  128, 64,  8,   1,   2,   1, "unmeasured: out in registers, 16 rows a warp"),
-    TileRow(163, "forward",  64,  False, 128, 128, 4,   2,   2,   1, "unmeasured: 2 blocks of 80 KB share an SM"),
-    TileRow(163, "forward",  64,  True,  128, 64,  4,   2,   2,   1, "unmeasured: random bits need registers"),
-    TileRow(163, "forward",  96,  None,  128, 64,  4,   2,   1,   1, "unmeasured: 1 stage lets 2 blocks share an SM"),
-    TileRow(163, "forward",  128, None,  128, 64,  4,   2,   1,   1, "unmeasured: 1 stage lets 2 blocks share an SM"),
-    TileRow(163, "forward",  192, None,  128, 64,  8,   1,   2,   1, "unmeasured: 144 KB, both stages fit"),
-    TileRow(163, "forward",  256, None,  128, 64,  8,   1,   1,   1, "unmeasured: 128 KB, one stage fits"),
-    TileRow(99,  "forward",  64,  None,  128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
-    TileRow(99,  "forward",  96,  None,  128, 32,  4,   2,   1,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
-    TileRow(99,  "forward",  128, None,  128, 32,  4,   2,   1,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
-    TileRow(99,  "forward",  192, None,  128, 32,  8,   1,   2,   1, "unmeasured: 96 KB, both stages fit"),
-    TileRow(99,  "forward",  256, None,  64,  64,  4,   1,   1,   1, "unmeasured: 96 KB, one stage fits"),
-    TileRow(227, "backward", 64,  None,  64,  128, 8,   1,   2,   1, "unmeasured: dk, dv in registers, 16 keys a warp"),
-    TileRow(227, "backward", 128, None,  64,  128, 8,   1,   2,   1, "unmeasured: dk, dv in registers, 16 keys a warp"),
-    TileRow(227, "backward", 256, None,  64,  64,  8,   1,   1,   2, "unmeasured: 2 warps split dk, dv of 16 keys"),
-    TileRow(163, "backward", 64,  None,  64,  128, 8,   1,   2,   1, "unmeasured: dk, dv in registers, 16 keys a warp"),
-    TileRow(163, "backward", 128, None,  64,  128, 8,   1,   2,   1, "unmeasured: dk, dv in registers, 16 keys a warp"),
-    TileRow(163, "backward", 256, None,  64,  64,  8,   1,   1,   2, "unmeasured: 2 warps split dk, dv of 16 keys"),
-    TileRow(99,  "backward", 64,  None,  64,  128, 8,   1,   2,   1, "unmeasured: 81 KB, both stages fit"),
-    TileRow(99,  "backward", 128, None,  64,  64,  8,   1,   1,   2, "unmeasured: 81 KB, one stage fits"),
-    TileRow(99,  "backward", 192, None,  32,  64,  8,   1,   1,   2, "unmeasured: 88 KB, one stage fits"),
-    TileRow(99,  "backward", 256, None,  32,  32,  4,   1,   1,   2, "unmeasured: 72 KB, one stage fits"),
+    #       family    pass        D   extras m   n    warps blocks stages split
+    TileRow("sm_90",  "forward",  64,  0,   128, 128, 4,   2,   2,   1, "H200: 1.06 to 1.22 of FA2"),
+    TileRow("sm_90",  "forward",  64,  ANY, 128, 64,  4,   2,   2,   1, "H200, dropout: 1.03 to 1.07 of FA2"),
+    TileRow("sm_90",  "forward",  128, 0,   128, 64,  4,   2,   2,   1, "H200: 1.03 to 1.19 of FA2"),
+    TileRow("sm_90",  "forward",  128, 1,   128, 48,  4,   2,   2,   1, "H200, dropout: 1.07 to 1.15 of FA2"),
+    TileRow("sm_90",  "forward",  128, ANY, 128, 32,  4,   2,   2,   1, "H200, dropout: 0.98 to 1.11 of FA2"),
+    TileRow("sm_90",  "forward",  192, ANY, 128, 64,  8,   1,   2,   1, "unmeasured: as at 256"),
+    TileRow("sm_90",  "forward",  256, ANY, 128, 64,  8,   1,   2,   1, "H200: 1.02 to 1.10 of FA2"),
+    TileRow("sm_100", "forward",  64,  ANY, 128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
+    TileRow("sm_100", "forward",  128, ANY, 128, 32,  4,   2,   2,   1, "unmeasured: 48 keys spill"),
+    TileRow("sm_100", "forward",  192, ANY, 128, 64,  8,   1,   2,   1, "unmeasured: as on H200"),
+    TileRow("sm_100", "forward",  256, ANY, 128, 64,  8,   1,   2,   1, "unmeasured: as on H200"),
+    TileRow("sm_80",  "forward",  64,  0,   128, 128, 4,   2,   2,   1, "unmeasured: 2 blocks of 80 KB share an SM"),
+    TileRow("sm_80",  "forward",  64,  ANY, 128, 64,  4,   2,   2,   1, "unmeasured: 128 keys spill"),
+    TileRow("sm_80",  "forward",  128, 0,   128, 48,  4,   2,   2,   1, "unmeasured: 2 blocks of 80 KB share an SM"),
+    TileRow("sm_80",  "forward",  128, ANY, 128, 32,  4,   2,   2,   1, "unmeasured: 48 keys spill"),
+    TileRow("sm_80",  "forward",  192, ANY, 128, 64,  8,   1,   2,   1, "unmeasured: 144 KB, 2 stages fit"),
+    TileRow("sm_80",  "forward",  256, ANY, 128, 64,  8,   1,   1,   1, "unmeasured: 128 KB, 1 stage fits"),
+    TileRow("sm_86",  "forward",  64,  ANY, 128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
+    TileRow("sm_86",  "forward",  128, ANY, 128, 32,  4,   2,   1,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
+    TileRow("sm_86",  "forward",  192, ANY, 128, 32,  8,   1,   2,   1, "unmeasured: 96 KB, 2 stages fit"),
+    TileRow("sm_86",  "forward",  256, ANY, 64,  64,  4,   1,   1,   1, "unmeasured: 96 KB, 1 stage fits"),
+    TileRow("sm_90",  "backward", 64,  1,   32,  128, 4,   2,   2,   1, "H200: 1.05 to 1.12 of FA2"),
+    TileRow("sm_90",  "backward", 64,  ANY, 64,  64,  4,   2,   2,   1, "H200: 0.97 to 1.09 of FA2, at 3 blocks an SM"),
+    TileRow("sm_90",  "backward", 128, 1,   64,  128, 8,   1,   2,   2, "H200: 1.01 to 1.08 of FA2"),
+    TileRow("sm_90",  "backward", 128, ANY, 64,  64,  8,   1,   2,   2, "unmeasured: 16 keys a warp leave registers"),
+    TileRow("sm_90",  "backward", 256, ANY, 64,  64,  8,   1,   2,   2, "H200: 0.89 to 0.96 of FA2, 1 block an SM"),
+    TileRow("sm_100", "backward", 64,  ANY, 64,  64,  4,   2,   2,   1, "unmeasured: 2 blocks of 57 KB share an SM"),
+    TileRow("sm_100", "backward", 128, 1,   64,  128, 8,   1,   2,   2, "unmeasured: as on H200"),
+    TileRow("sm_100", "backward", 128, ANY, 64,  64,  8,   1,   2,   2, "unmeasured: 16 keys a warp leave registers"),
+    TileRow("sm_100", "backward", 256, ANY, 64,  64,  8,   1,   1,   2, "unmeasured: a second stage spills"),
+    TileRow("sm_80",  "backward", 64,  ANY, 64,  64,  4,   2,   2,   1, "unmeasured: 2 blocks of 57 KB share an SM"),
+    TileRow("sm_80",  "backward", 128, 1,   64,  128, 8,   1,   2,   2, "unmeasured: as on H200, 161 KB"),
+    TileRow("sm_80",  "backward", 128, ANY, 64,  64,  8,   1,   2,   2, "unmeasured: 16 keys a warp leave registers"),
+    TileRow("sm_80",  "backward", 256, ANY, 64,  64,  8,   1,   1,   2, "unmeasured: 145 KB, 1 stage fits"),
+    TileRow("sm_86",  "backward", 64,  ANY, 64,  64,  4,   2,   1,   1, "unmeasured: 2 blocks of 41 KB share an SM"),
+    TileRow("sm_86",  "backward", 128, ANY, 64,  64,  8,   1,   1,   2, "unmeasured: 81 KB, 1 stage fits"),
+    TileRow("sm_86",  "backward", 256, ANY, 32,  32,  4,   1,   1,   2, "unmeasured: 73 KB, 1 stage fits"),
 )
 # fmt: on
 
 
-def row_for(shared_per_block: int, pass_: str, head_dim: int, head_dim_v: int, *, dropout: bool = False) -> TileRow:
-    """Choose the row for a problem: the richest class that the device offers, the tightest head_dim bucket.
+def row_for(family: str, pass_: str, head_dim: int, head_dim_v: int, *, extras: int = 0) -> TileRow:
+    """Choose the row for a problem: the tightest head_dim bucket, and in it the first row that bears the extras.
 
-    >>> row_for(99 * KB, "forward", 80, 40).block_n
+    >>> row_for("sm_86", "forward", 80, 40).block_n
     32
     """
-    served = [row for row in rows_for(shared_per_block, pass_) if row.head_dim >= max(head_dim, head_dim_v)]
-    return next(row for row in served if row.dropout in (None, dropout))
+    served = [row for row in rows_for(family, pass_) if row.head_dim >= max(head_dim, head_dim_v)]
+    return next(row for row in served if row.extras >= extras)
 
 
-def rows_for(shared_per_block: int, pass_: str) -> list[TileRow]:
-    """All rows of a pass for a device, by rising head_dim."""
-    offered = max(row.shared for row in TILES if row.shared * KB <= shared_per_block)
-    return [row for row in TILES if row.shared == offered and row.pass_ == pass_]
+def rows_for(family: str, pass_: str) -> list[TileRow]:
+    """All rows of a pass for a family of devices, by rising head_dim and extras."""
+    return [row for row in TILES if row.family == family and row.pass_ == pass_]
 
 
 def rounded_head_dim(head_dim: int) -> int:

@@ -6,6 +6,7 @@ written to a temporary file, renamed into place, and checked against a hash when
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
@@ -34,6 +35,7 @@ class Kernel:
 
 _kernels: dict[tuple[int, KernelSpec], Kernel] = {}
 _locks: dict[tuple[int, KernelSpec], threading.Lock] = {}
+_compiler_lock = threading.Lock()
 
 
 def load(spec: KernelSpec, device_index: int) -> Kernel:
@@ -65,6 +67,7 @@ def load_all(specs: Collection[KernelSpec], device_index: int) -> Iterator[Kerne
 def _build(spec: KernelSpec, device_index: int) -> Kernel:
     cupy = require_cupy()
     _check_compiler(cupy, spec)
+    start_compiler(cupy)
     with cupy.cuda.Device(device_index):
         _check_not_capturing(cupy, spec)
         try:
@@ -89,6 +92,23 @@ def _compile(cupy: ModuleType, spec: KernelSpec) -> Kernel:
         return Kernel(handle=function.kernel.ptr, registers=function.num_regs, owner=function)
     except cupy.cuda.compiler.CompileException as error:
         raise RuntimeError(f"{spec.source} does not compile for {spec.arch} with this NVRTC:\n{error}") from error
+
+
+def start_compiler(cupy: ModuleType) -> None:
+    """Compile nothing, once, alone.
+
+    NVRTC opens its library of builtins during its first compilation. Where several threads come first together, all but
+    one of them never find it.
+    """
+    with _compiler_lock:
+        _compile_nothing(cupy.cuda.nvrtc)
+
+
+@functools.cache
+def _compile_nothing(nvrtc: ModuleType) -> None:
+    program = nvrtc.createProgram("", "nothing.cu", (), ())
+    nvrtc.compileProgram(program, ())
+    nvrtc.destroyProgram(program)
 
 
 def _check_compiler(cupy: ModuleType, spec: KernelSpec) -> None:

@@ -9,7 +9,7 @@ import re
 import time
 from dataclasses import dataclass, field
 
-from cuflash.cuda.module import COMPILER_OPTIONS, CUPY_OPTIONS
+from cuflash.cuda.module import COMPILER_OPTIONS, CUPY_OPTIONS, start_compiler
 from cuflash.cuda.source import translation_unit
 from cuflash.device import require_cupy
 from cuflash.plan import KernelSpec
@@ -45,9 +45,9 @@ def compile_spec(spec: KernelSpec) -> CompileReport:
 
 def compile_text(text: str, arch: str, *, name: str = "kernel.cu") -> CompileReport:
     """Compile one kernel from its complete text."""
-    require_cupy()
-    from cupy.cuda import nvrtc
-
+    cupy = require_cupy()
+    start_compiler(cupy)
+    nvrtc = cupy.cuda.nvrtc
     options = (*COMPILER_OPTIONS, *CUPY_OPTIONS, f"-arch={arch}", "--ptxas-options=-v")
     program = nvrtc.createProgram(text, name, (), ())
     start = time.perf_counter()

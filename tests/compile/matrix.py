@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cuflash.device import DeviceInfo
 from cuflash.plan import Plan, Step, plan_backward, plan_forward
 from cuflash.problem import Problem, View
-from cuflash.tiles import rows_for
+from cuflash.tiles import ANY, rows_for
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 PASSES = {"forward": plan_forward, "backward": plan_backward}
@@ -28,7 +28,14 @@ FEATURES = {
     "narrow_rows": {"narrow": True},
 }
 PLAIN: tuple[str, ...] = ()
-RICHEST = ("window_left", "causal", "softcap", "alibi", "dropout", "sinks", "deterministic")
+WITHOUT_EXTRAS = ("window_left", "causal", "sinks", "deterministic")
+RICHEST = (*WITHOUT_EXTRAS, "softcap", "alibi", "dropout")
+# The heaviest forms that a tile row must bear, by how many extras it serves (`TileRow.extras`).
+HEAVIEST = {
+    0: (WITHOUT_EXTRAS,),
+    1: tuple((*WITHOUT_EXTRAS, extra) for extra in ("alibi", "dropout")),
+    ANY: (RICHEST, (*RICHEST, "narrow_rows")),
+}
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,10 @@ def kernels_of(arch: str, pass_: str, features: tuple[str, ...], *head_dims: int
 
 
 def tile_rows(arch: str, pass_: str) -> Iterator[Kernel]:
-    """Every tile row of an architecture, at its largest head_dim, plain and in its richest form."""
-    for head_dim in sorted({row.head_dim for row in rows_for(DeviceInfo.named(arch).shared_per_block, pass_)}):
-        for features in (PLAIN, RICHEST):
-            yield from kernels_of(arch, pass_, features, head_dim)
+    """Every tile row of an architecture, at its largest head_dim, plain and in the heaviest forms that it serves."""
+    for row in rows_for(DeviceInfo.named(arch).tile_family, pass_):
+        for features in (PLAIN, *HEAVIEST[row.extras]):
+            yield from kernels_of(arch, pass_, features, row.head_dim)
 
 
 def feature_pairs(arch: str, pass_: str, *head_dims: int) -> Iterator[Kernel]:
@@ -108,7 +115,7 @@ def distinct(kernels: Iterator[Kernel]) -> list[Kernel]:
 
 
 def quick() -> list[Kernel]:
-    """The plain rows of one large and one small device."""
+    """The plain kernels of one large and one small device."""
     rows = (row for arch in ("sm_86", "sm_90a") for pass_ in PASSES for row in tile_rows(arch, pass_))
     return distinct(kernel for kernel in rows if kernel.label.endswith("plain"))
 
