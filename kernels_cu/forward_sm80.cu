@@ -131,21 +131,11 @@ KERNEL(kThreads, Config::min_blocks) forward_sm80(GRID_CONSTANT ForwardParams pa
 #pragma unroll
   for (int s = 0; s < kSlabs; ++s) {
     float factor[2];
-    bool present[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = tile_row + warp_query + tile::kSlabRows * s + tile::lane_row() + 8 * r;
-      present[r] = row < present_rows;
-      state[s].sum[r] = tile::row_sum(state[s].sum[r]);
-      factor[r] = 1.f;
-      if constexpr (Config::sinks) factor[r] = tile::add_sink(state[s], r, unit, params.score.sinks[done.head]);
-      if constexpr (Config::dropout) factor[r] *= params.dropout.scale;
-      factor[r] = state[s].sum[r] == 0.f ? 0.f : factor[r] / state[s].sum[r];
-      if (params.lse != nullptr && row < shape.seqlen_q && arch::lane_index() % 4 == 0)
-        params.lse[tile::statistic_offset(shape, done.batch, done.head, shape.seqlen_q, row)] =
-            present[r] ? tile::log_sum_exp(state[s].maximum[r], state[s].sum[r], unit) : -arch::infinity();
-    }
-    tile::stage_slab<Element, kBlockM>(q_tile, warp_query + tile::kSlabRows * s, 0, out[s], factor, present);
+    bool keep[2];
+    tile::finish_rows<Config>(state[s], unit, params.score, params.dropout, shape, done.batch, done.head,
+                              tile_row + warp_query + tile::kSlabRows * s + tile::lane_row(), present_rows, params.lse, factor,
+                              keep);
+    tile::stage_slab<Element, kBlockM>(q_tile, warp_query + tile::kSlabRows * s, 0, out[s], factor, keep);
   }
   arch::block_barrier();
   tile::store_tile<kBlockM, Config::head_dim_v, Config::store_bytes, kThreads>(

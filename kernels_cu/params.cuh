@@ -61,7 +61,8 @@ struct ForwardParams {
 
 struct ForwardSm90Params {
   TensorMap q, k, v, out;
-  float* lse;  // (batch, num_heads, seqlen_q), or null
+  float* lse;         // (batch, num_heads, seqlen_q), or null
+  int* tile_counter;  // zero before and after every launch: see tile/pipeline.cuh
   Shape shape;
   Score score;
   DropoutKey dropout;

@@ -28,11 +28,17 @@ DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int lane_index() { return threadIdx.x % kWarpSize; }  // one-dimensional blocks
 DEVICE int warp_index() { return threadIdx.x / kWarpSize; }
 
+DEVICE int grid_size() { return gridDim.x; }
+
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
 
 DEVICE float shuffle_xor(float value, int lane_mask) { return __shfl_xor_sync(0xffffffffu, value, lane_mask); }
 DEVICE uint32 shuffle_xor(uint32 value, int lane_mask) { return __shfl_xor_sync(0xffffffffu, value, lane_mask); }
+
+// Lane 0's value in all lanes; the compiler then knows that it is the same in all.
+DEVICE int broadcast(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition); }
 
 // One MUFU instruction each; relative error about 2^-22 (exp2, log2) and 1 ulp (reciprocal).
 DEVICE float exp2(float x) {
@@ -113,6 +119,11 @@ DEVICE float load_shared_float(SharedAddress address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
+DEVICE int load_shared_int(SharedAddress address) {
+  int value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
 DEVICE float2 load_shared_float2(SharedAddress address) {
   float2 value;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
@@ -164,6 +175,7 @@ DEVICE void load_global(uint32 (&words)[kBytes == 2 ? 1 : kBytes / 4], const voi
 DEVICE void reduce_add(float* address, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
+DEVICE int fetch_add(int* address, int value) { return atomicAdd(address, value); }
 // Waits until *turn is `expected`, then orders every later access of this thread behind the writes that the previous owner published.
 DEVICE void wait_for_turn(const int* turn, int expected) {
   int seen;

@@ -2,9 +2,30 @@
 #pragma once
 
 #include "tile/fragment.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
 #include "tile/swizzle.cuh"
 
 namespace tile {
+
+// Ends the softmax of a slab: adds the sink, writes the log-sum-exps, and says by what the outputs of the thread's two rows are
+// multiplied. `row` is the thread's first row in the sequence. Absent rows are not kept.
+template <class Config>
+DEVICE void finish_rows(RowState& state, float unit, const Score& score, const DropoutKey& dropout, const Shape& shape, int batch,
+                        int head, int row, int present_rows, float* lse, float (&factor)[2], bool (&keep)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r, row += 8) {
+    keep[r] = row < present_rows;
+    state.sum[r] = row_sum(state.sum[r]);
+    factor[r] = 1.f;
+    if constexpr (Config::sinks) factor[r] = add_sink(state, r, unit, score.sinks[head]);
+    if constexpr (Config::dropout) factor[r] *= dropout.scale;
+    factor[r] = state.sum[r] == 0.f ? 0.f : factor[r] / state.sum[r];
+    if (lse != nullptr && row < shape.seqlen_q && arch::lane_index() % 4 == 0)
+      lse[statistic_offset(shape, batch, head, shape.seqlen_q, row)] =
+          keep[r] ? log_sum_exp(state.maximum[r], state.sum[r], unit) : -arch::infinity();
+  }
+}
 
 // Writes a slab to rows row .. row + 15, columns column .. of a tile, each of the thread's two rows multiplied by its factor.
 // A row that is not kept becomes zero whatever it holds: absent rows must not pass on a NaN.

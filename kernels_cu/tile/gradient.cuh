@@ -11,8 +11,11 @@ namespace tile {
 template <class Config>
 struct DqShare {
   static constexpr int kSlabBlocks = Config::block_m / kSlabRows;
-  // Nearly square parts read the fewest operands: four warps side by side where head_dim divides and registers allow, else two.
-  static constexpr int kWarpsN = Config::num_warps == 8 && (Config::head_dim == 64 || Config::head_dim == 128) ? 4 : 2;
+  // Nearly square parts read the fewest operands: four warps side by side where head_dim divides and registers allow, else two;
+  // more where there are fewer slabs than warps above each other.
+  static constexpr int kPreferred = Config::num_warps == 8 && (Config::head_dim == 64 || Config::head_dim == 128) ? 4 : 2;
+  static constexpr int kLeast = Config::num_warps / kSlabBlocks;
+  static constexpr int kWarpsN = kPreferred > kLeast ? kPreferred : kLeast;
   static constexpr int kWarpsM = Config::num_warps / kWarpsN;
   static constexpr int kSlabs = kSlabBlocks / kWarpsM;
   static constexpr int kColumns = Config::head_dim / kWarpsN;

@@ -41,6 +41,15 @@ struct Band {
     return {begin / kKeys, ceil_divide(end, kKeys)};
   }
 
+  // Key blocks that every query in [query, query + kQueries) sees whole; may be empty, or end before it begins.
+  template <int kQueries, int kKeys>
+  DEVICE Range whole_blocks(int query) const {
+    int begin = 0, end = seqlen_k;
+    if constexpr (Config::window_left) begin = max(0, query + kQueries - 1 + offset - left);
+    if constexpr (Config::window_right) end = min(end, query + offset + right + 1);
+    return {ceil_divide(begin, kKeys), floor_divide(end, kKeys)};
+  }
+
   // Query blocks that hold a query which sees some key in [key, key + kKeys).
   template <int kQueries, int kKeys>
   DEVICE Range query_blocks(int key) const {

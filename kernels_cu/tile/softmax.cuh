@@ -24,10 +24,10 @@ constexpr float kLazyGrowth = 8.f;
 // shrink by. Returns what exponentiate subtracts.
 template <bool kLazy, int kSize>
 DEVICE float raise_maximum(const float (&slab)[kSize], int r, RowState& state, float unit, float& rescale) {
-  float maximum = state.maximum[r];
+  float maximum = state.maximum[r], odd = slab[2 * r + 1];
 #pragma unroll
-  for (int i = 2 * r; i < kSize; i += 4) maximum = arch::maximum(arch::maximum(maximum, slab[i]), slab[i + 1]);
-  maximum = row_maximum(maximum);
+  for (int i = 2 * r; i < kSize; i += 4) { maximum = arch::maximum(maximum, slab[i]); odd = arch::maximum(odd, slab[i + 1]); }
+  maximum = row_maximum(arch::maximum(maximum, odd));
   if (kLazy && (maximum - state.maximum[r]) * unit <= kLazyGrowth) maximum = state.maximum[r];
 
   const float reference = finite_reference(maximum, unit);
@@ -40,12 +40,14 @@ DEVICE float raise_maximum(const float (&slab)[kSize], int r, RowState& state, f
 // Replaces scores kBegin .. kEnd - 1 of row r, counted along the row, by probabilities relative to the reference.
 template <int kBegin, int kEnd, int kSize>
 DEVICE void exponentiate(float (&slab)[kSize], int r, RowState& state, float unit, float reference) {
+  float odd = 0.f;
 #pragma unroll
   for (int e = kBegin; e < kEnd; ++e) {
     const int i = e / 2 * 4 + 2 * r + e % 2;
     slab[i] = arch::exp2(arch::multiply_add(slab[i], unit, -reference));
-    state.sum[r] += slab[i];
+    if (e % 2) odd += slab[i]; else state.sum[r] += slab[i];
   }
+  state.sum[r] += odd;
 }
 
 // Both, row after row: scores to probabilities relative to the new maxima.

@@ -1,0 +1,303 @@
+// Forward attention on Hopper (sm_90a): persistent CTAs, a producer warp that copies tiles by tensor map, and consumer warpgroups
+// of 64 query rows each that multiply with wgmma.
+//
+// Shared memory:  q [block_m][head_dim]  |  out [block_m][head_dim_v], in q's place unless Config::own_out
+//              |  2 x k [block_n][head_dim]  |  2 x v [block_n][head_dim_v]  |  barriers  |  tile queue
+//
+// A consumer keeps scores, probabilities and output in registers. It starts the scores of the next key block before the product
+// of the present probabilities with v, so that the tensor cores work while it exponentiates.
+#include "arch/sm90.cuh"
+#include "tile/dropout.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/mask.cuh"
+#include "tile/modifier.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/scheduler.cuh"
+#include "tile/softmax.cuh"
+#include "tile/warpgroup.cuh"
+
+namespace {
+
+using Element = Config::Element;
+using tile::QueryRows;
+
+constexpr int kConsumers = Config::num_consumers;
+constexpr int kBlockM = kConsumers * tile::kWarpgroupRows, kBlockN = Config::block_n;
+constexpr int kThreads = (kConsumers + 1) * arch::kWarpgroupSize;
+constexpr int kReaders = kConsumers * arch::kWarpgroupSize / kWarpSize;  // every consumer warp releases buffers for itself
+// The pool of 65536 registers, in multiples of 8 a thread: few for the producer, the rest for the consumers.
+constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+
+using Queries = tile::Pipeline<1, tile::tile_bytes(kBlockM, Config::head_dim)>;
+using Keys = tile::Pipeline<2, tile::tile_bytes(kBlockN, Config::head_dim)>;
+using Values = tile::Pipeline<2, tile::tile_bytes(kBlockN, Config::head_dim_v)>;
+
+constexpr int kOutBytes = tile::tile_bytes(kBlockM, Config::head_dim_v);
+constexpr int kQueryBytes = Config::own_out || Queries::kBytes > kOutBytes ? Queries::kBytes : kOutBytes;
+
+struct True {
+  static constexpr bool value = true;
+};
+struct False {
+  static constexpr bool value = false;
+};
+
+struct Shared {
+  Queries q;
+  SharedAddress out;
+  Keys k;
+  Values v;
+  tile::TileQueue queue;
+
+  DEVICE Shared() {
+    q.data = arch::shared_base();
+    out = Config::own_out ? q.data + kQueryBytes : q.data;
+    k.data = q.data + kQueryBytes + (Config::own_out ? kOutBytes : 0);
+    v.data = k.data + Keys::kBytes;
+    q.barriers = v.data + Values::kBytes;
+    k.barriers = q.barriers + Queries::kBarriersBytes;
+    v.barriers = k.barriers + Keys::kBarriersBytes;
+    queue.slots = v.barriers + Values::kBarriersBytes;
+  }
+};
+
+// Tiles in the order in which CTAs take them: longest first where they differ in length.
+DEVICE int num_tiles(const Shape& shape) {
+  return tile::ceil_divide(shape.seqlen_q, kBlockM) * shape.num_heads * shape.batch;
+}
+DEVICE tile::TileIndex tile_of(const Shape& shape, int index) {
+  const int num_blocks = tile::ceil_divide(shape.seqlen_q, kBlockM);
+  if constexpr (Config::window_right) {
+    const auto at = tile::longest_first(index, num_blocks, shape.num_heads, shape.batch, shape.section_heads);
+    return {num_blocks - 1 - at.block, at.head, at.batch};
+  } else {
+    return tile::head_after_head(index, num_blocks, shape.num_heads);
+  }
+}
+
+// One thread: keys one block ahead of values, which are needed later; the next tile's first buffers as soon as they are free.
+DEVICE void produce(const ForwardSm90Params& params, const Shared& shared) {
+  const int tiles = num_tiles(params.shape);
+  uint32 use = 0, query_use = 0;  // keys and values are used in step
+  int index = arch::block_index();
+#pragma unroll 1
+  for (uint32 round = 0;; ++round) {
+    shared.queue.push(round, index);
+    if (index >= tiles) break;
+    const tile::TileIndex at = tile_of(params.shape, index);
+    const tile::Band<Config> band(params.shape, tile::Sequence(params.shape, at.batch));
+    const tile::Range blocks = band.template key_blocks<kBlockM, kBlockN>(at.block * kBlockM);
+    const int kv_head = at.head / params.shape.group_size;
+
+    const auto copy_keys = [&](uint32 use, int n_block) {
+      const SharedAddress barrier = shared.k.begin_fill(use);
+      tile::copy_tile<kBlockN, Config::head_dim>(shared.k.stage(use), params.k, barrier, n_block * kBlockN, kv_head, at.batch);
+    };
+    const auto copy_values = [&](uint32 use, int n_block) {
+      const SharedAddress barrier = shared.v.begin_fill(use);
+      tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.stage(use), params.v, barrier, n_block * kBlockN, kv_head, at.batch);
+    };
+    int n_block = blocks.end - 1;
+    if (n_block >= blocks.begin) {
+      copy_keys(use, n_block);
+      const SharedAddress barrier = shared.q.begin_fill(query_use++);
+      tile::copy_tile<kBlockM, Config::head_dim>(shared.q.data, params.q, barrier, at.block * kBlockM, at.head, at.batch);
+    }
+#pragma unroll 1
+    for (; n_block > blocks.begin; --n_block, ++use) {
+      copy_keys(use + 1, n_block - 1);
+      copy_values(use, n_block);
+    }
+    index = tile::TileQueue::draw(params.tile_counter, tiles);
+    if (n_block == blocks.begin) copy_values(use++, n_block);
+  }
+}
+
+// The order of the consumers on the tensor cores (FlashAttention-3's ping-pong): each starts its products when it is its turn, and
+// passes the turn on before its softmax. Named barriers 1 .. kConsumers.
+struct Turns {
+  int consumer;
+
+  DEVICE void prime() const {
+    if (Config::ping_pong && consumer == kConsumers - 1) arch::named_barrier_arrive(1, 2 * arch::kWarpgroupSize);
+  }
+  DEVICE void wait() const {
+    if (Config::ping_pong) arch::named_barrier_sync(1 + consumer, 2 * arch::kWarpgroupSize);
+  }
+  DEVICE void pass() const {
+    if (Config::ping_pong) arch::named_barrier_arrive(1 + (consumer + 1) % kConsumers, 2 * arch::kWarpgroupSize);
+  }
+};
+
+constexpr int kStoreBarrier = 8;  // + consumer: the output of a warpgroup is staged
+
+DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int consumer) {
+  const Shape& shape = params.shape;
+  const int tiles = num_tiles(shape);
+  const Turns turns{consumer};
+  const int warp_in_group = arch::warp_index() % 4;
+  const int group_row = consumer * tile::kWarpgroupRows;
+  const int warp_row = group_row + warp_in_group * tile::kSlabRows;  // this warp's first row in the tile
+  const bool leader = arch::lane_index() == 0;
+  uint32 use = 0, query_use = 0;  // keys and values are used in step
+  turns.prime();
+
+#pragma unroll 1
+  for (uint32 round = 0;; ++round) {
+    const int index = shared.queue.pop(round);
+    if (index >= tiles) break;
+    const tile::TileIndex at = tile_of(shape, index);
+    const tile::Sequence sequence(shape, at.batch);
+    const tile::Band<Config> band(shape, sequence);
+    const tile::Modifier<Config> modifier(params.score, at.batch, at.head);
+    const tile::Dropout dropout(params.dropout, at.batch, at.head);
+    const float unit = modifier.unit();
+    const int first_query = at.block * kBlockM, query = first_query + warp_row;
+    const tile::Range blocks = band.template key_blocks<kBlockM, kBlockN>(first_query);
+    const tile::Range whole = band.template whole_blocks<kBlockM, kBlockN>(first_query);
+
+    float out[Config::head_dim_v / 2];
+    uint32 probabilities[kBlockN / 4];
+    tile::RowState state;
+    float rescale[2] = {1.f, 1.f};
+    tile::clear(out);
+
+    // Scores of a block to what the softmax takes.
+    const auto modify = [&](float(&scores)[kBlockN / 2], int n_block, auto cut) {
+      modifier.template apply<QueryRows>(scores, query, n_block * kBlockN, sequence.offset);
+      if constexpr (decltype(cut)::value) band.template select<QueryRows>(scores, -arch::infinity(), query, n_block * kBlockN);
+    };
+    const auto to_probabilities = [&](float(&scores)[kBlockN / 2], int n_block) {
+      if constexpr (Config::dropout)
+        dropout.template for_each<QueryRows, kBlockN / 2>(query, n_block * kBlockN,
+                                                          [&](int i, bool kept) { scores[i] = kept ? scores[i] : 0.f; });
+      tile::to_operand<Element>(probabilities, scores);
+    };
+    const auto rescale_out = [&] {
+      if (!Config::lazy_rescale || arch::any(rescale[0] < 1.f || rescale[1] < 1.f)) tile::scale_rows(out, rescale);
+    };
+    // Starts the scores of a block, then the product of the previous block's probabilities; exponentiates while the latter runs.
+    const auto step = [&](int n_block, auto cut) {
+      float scores[kBlockN / 2];
+      shared.k.wait_full(use + 1);
+      turns.wait();
+      tile::start_transposed<Element, Config::head_dim, kBlockM, kBlockN>(scores, shared.q.data, group_row,
+                                                                          shared.k.stage(use + 1));
+      if constexpr (Config::head_dim_v > 128) rescale_out();  // the output has no registers to wait in: scale it before its product
+      shared.v.wait_full(use);
+      tile::start_registers<Element, Config::head_dim_v, kBlockN>(out, probabilities, shared.v.stage(use));
+      turns.pass();
+      arch::product_wait<1>();
+      arch::pin(scores);
+      if (leader) shared.k.release(use + 1);
+
+      modify(scores, n_block, cut);
+      float reference[2];
+      reference[0] = tile::raise_maximum<Config::lazy_rescale>(scores, 0, state, unit, rescale[0]);
+      reference[1] = tile::raise_maximum<Config::lazy_rescale>(scores, 1, state, unit, rescale[1]);
+      constexpr int kRow = kBlockN / 4;  // scores of one of the thread's two rows
+      constexpr int kBefore = kRow * Config::eighths_before_wait / 4;
+      tile::exponentiate<0, (kBefore < kRow ? kBefore : kRow)>(scores, 0, state, unit, reference[0]);
+      tile::exponentiate<0, (kBefore > kRow ? kBefore - kRow : 0)>(scores, 1, state, unit, reference[1]);
+      if constexpr (Config::eighths_before_wait > 0) {
+        arch::product_wait_here(shape.num_heads);
+        arch::pin(out);
+      }
+      tile::exponentiate<(kBefore < kRow ? kBefore : kRow), kRow>(scores, 0, state, unit, reference[0]);
+      tile::exponentiate<(kBefore > kRow ? kBefore - kRow : 0), kRow>(scores, 1, state, unit, reference[1]);
+      arch::product_wait<0>();
+      arch::pin(out);
+      arch::pin(probabilities);
+      if (leader) shared.v.release(use);
+      ++use;
+      to_probabilities(scores, n_block);
+      if constexpr (Config::head_dim_v <= 128) rescale_out();
+    };
+
+    if (blocks.begin < blocks.end) {
+      shared.q.wait_full(query_use);
+      int n_block = blocks.end - 1;
+      {
+        float scores[kBlockN / 2];
+        shared.k.wait_full(use);
+        tile::start_transposed<Element, Config::head_dim, kBlockM, kBlockN>(scores, shared.q.data, group_row, shared.k.stage(use));
+        arch::product_wait<0>();
+        arch::pin(scores);
+        if (leader) shared.k.release(use);
+        modify(scores, n_block, True{});
+        tile::online_softmax(scores, state, unit, rescale);
+        to_probabilities(scores, n_block);
+        rescale[0] = rescale[1] = 1.f;  // there is no output yet: 0 times it is not wanted either
+      }
+      --n_block;
+#pragma unroll 1
+      for (; n_block >= blocks.begin && n_block >= whole.end; --n_block) step(n_block, True{});
+#pragma unroll 1
+      for (; n_block >= blocks.begin && n_block >= whole.begin; --n_block) step(n_block, False{});
+      if constexpr (Config::window_left) {
+#pragma unroll 1
+        for (; n_block >= blocks.begin; --n_block) step(n_block, True{});
+      }
+      if constexpr (Config::head_dim_v > 128) rescale_out();
+      shared.v.wait_full(use);
+      tile::start_registers<Element, Config::head_dim_v, kBlockN>(out, probabilities, shared.v.stage(use));
+      if (Config::own_out && leader) shared.q.release(query_use);
+      arch::product_wait<0>();
+      arch::pin(out);
+      arch::pin(probabilities);
+      if (leader) shared.v.release(use);
+      ++use;
+    }
+
+    float factor[2];
+    bool keep[2];
+    tile::finish_rows<Config>(state, unit, params.score, params.dropout, shape, at.batch, at.head, query + tile::lane_row(),
+                              sequence.seqlen_q, params.lse, factor, keep);
+    const bool storer = warp_in_group == 0 && leader;
+    if (storer) arch::copy_to_global_wait_read();  // the previous tile's output has left its place
+    arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
+    tile::stage_slab_by_matrix<Element, kBlockM>(shared.out, warp_row, out, factor, keep);
+    arch::fence_async_proxy();
+    arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
+    if (storer) {
+      for (int c = 0; c < tile::chunks(Config::head_dim_v); ++c)
+        arch::copy_box_to_global(params.out, shared.out + (c * kBlockM + group_row) * tile::kChunkRowBytes, c * tile::kChunkColumns,
+                                 first_query + group_row, at.head, at.batch);
+      arch::copy_to_global_commit();
+    }
+    if (blocks.begin < blocks.end) {
+      if constexpr (!Config::own_out) {
+        if (storer) arch::copy_to_global_wait_read();  // q's place is free when the output has left it
+        if (leader) shared.q.release(query_use);
+      }
+      ++query_use;
+    }
+  }
+  if (arch::thread_index() % arch::kWarpgroupSize == 0) arch::copy_to_global_wait_read();
+}
+
+}  // namespace
+
+KERNEL(kThreads, 1) forward_sm90(GRID_CONSTANT ForwardSm90Params params) {
+  const Shared shared;
+  if (arch::thread_index() == 0) {
+    shared.q.init(kReaders);
+    shared.k.init(kReaders);
+    shared.v.init(kReaders);
+    shared.queue.init(kReaders);
+    arch::fence_barrier_init();
+    arch::prefetch(params.q);
+    arch::prefetch(params.k);
+    arch::prefetch(params.v);
+    arch::prefetch(params.out);
+  }
+  arch::block_barrier();
+  const int warpgroup = arch::warpgroup_index();
+  if (warpgroup == 0) {
+    arch::lower_registers<kProducerRegisters>();
+    if (arch::thread_index() == 0) produce(params, shared);
+  } else {
+    arch::raise_registers<kConsumerRegisters>();
+    consume(params, shared, warpgroup - 1);
+  }
+}

@@ -1,0 +1,95 @@
+// Buffers between the producer warp and the consumer warpgroups of a Hopper kernel. Every buffer has two barriers: `full` (its
+// bytes have arrived) and `empty` (its readers are done). Both sides count buffer uses from 0; use u is in stage u % kStages, and
+// its phase there is u / kStages.
+#pragma once
+
+#include "arch/sm90.cuh"
+#include "tile/swizzle.cuh"
+
+namespace tile {
+
+constexpr int kBarrierBytes = 8;
+
+template <int kStages, int kStageBytes>
+struct Pipeline {
+  static constexpr int kBytes = kStages * kStageBytes;
+  static constexpr int kBarriersBytes = 2 * kStages * kBarrierBytes;
+
+  SharedAddress data;
+  SharedAddress barriers;
+
+  DEVICE void init(int readers) const {
+    for (uint32 stage = 0; stage < kStages; ++stage) {
+      arch::barrier_init(full(stage), 1);
+      arch::barrier_init(empty(stage), readers);
+    }
+  }
+
+  DEVICE SharedAddress stage(uint32 use) const { return data + use % kStages * kStageBytes; }
+
+  // Producer: waits until the buffer is free and announces its bytes. Returns the barrier for the copies.
+  DEVICE SharedAddress begin_fill(uint32 use) const {
+    arch::barrier_wait(empty(use % kStages), (use / kStages & 1) ^ 1);
+    arch::barrier_arrive_expecting(full(use % kStages), kStageBytes);
+    return full(use % kStages);
+  }
+  // Consumer: waits until the buffer has been filled.
+  DEVICE void wait_full(uint32 use) const { arch::barrier_wait(full(use % kStages), use / kStages & 1); }
+  // Consumer: one thread of each reader says that it is done.
+  DEVICE void release(uint32 use) const { arch::barrier_arrive(empty(use % kStages)); }
+
+ private:
+  DEVICE SharedAddress full(uint32 stage) const { return barriers + stage * kBarrierBytes; }
+  DEVICE SharedAddress empty(uint32 stage) const { return barriers + (kStages + stage) * kBarrierBytes; }
+};
+
+// Which tile a persistent CTA works on next: the producer thread takes numbers from a counter in global memory and hands them to
+// the consumers through two slots of shared memory. Whoever draws the last number of a launch sets the counter back to zero.
+struct TileQueue {
+  static constexpr int kSlots = 2;
+  static constexpr int kBytes = kSlots * 4 + 2 * kSlots * kBarrierBytes + 8;  // a multiple of 16
+
+  SharedAddress slots;
+
+  DEVICE void init(int readers) const {
+    for (uint32 slot = 0; slot < kSlots; ++slot) {
+      arch::barrier_init(full(slot), 1);
+      arch::barrier_init(empty(slot), readers);
+    }
+  }
+  // Producer: the tile after the CTA's first, which is its block index. Drawn late, so that the order of tiles is the order in
+  // which CTAs become free.
+  DEVICE static int draw(int* counter, int num_tiles) {
+    const int drawn = arch::fetch_add(counter, 1);
+    if (drawn == num_tiles - 1) *counter = 0;
+    return drawn + arch::grid_size();
+  }
+  DEVICE void push(uint32 use, int tile) const {
+    arch::barrier_wait(empty(use % kSlots), (use / kSlots & 1) ^ 1);
+    arch::store_shared(slot(use), static_cast<uint32>(tile));
+    arch::barrier_arrive(full(use % kSlots));
+  }
+  // Consumer: every warp, all lanes.
+  DEVICE int pop(uint32 use) const {
+    arch::barrier_wait(full(use % kSlots), use / kSlots & 1);
+    const int tile = arch::broadcast(arch::load_shared_int(slot(use)));
+    arch::warp_barrier();
+    if (arch::lane_index() == 0) arch::barrier_arrive(empty(use % kSlots));
+    return tile;
+  }
+
+ private:
+  DEVICE SharedAddress slot(uint32 use) const { return slots + use % kSlots * 4; }
+  DEVICE SharedAddress full(uint32 slot) const { return slots + kSlots * 4 + slot * kBarrierBytes; }
+  DEVICE SharedAddress empty(uint32 slot) const { return full(kSlots + slot); }
+};
+
+// Copies rows [row, row + kRows) of a head into a tile, chunk by chunk; rows and columns past the array become zeros.
+template <int kRows, int kColumns>
+DEVICE void copy_tile(SharedAddress tile, const TensorMap& map, SharedAddress barrier, int row, int head, int batch) {
+#pragma unroll
+  for (int c = 0; c < chunks(kColumns); ++c)
+    arch::copy_box_to_shared(tile + c * kRows * kChunkRowBytes, map, barrier, c * kChunkColumns, row, head, batch);
+}
+
+}  // namespace tile

@@ -1,0 +1,68 @@
+// Products of a warpgroup on wgmma: 64 rows, one slab of 16 a warp, times tiles in shared memory. They only start the product:
+// product_wait ends it, and until then neither accumulators nor register operands may be touched.
+#pragma once
+
+#include "arch/sm90.cuh"
+#include "tile/fragment.cuh"
+#include "tile/swizzle.cuh"
+
+namespace tile {
+
+constexpr int kWarpgroupRows = 64;
+
+// Bytes from the start of a tile to its 16-column block k of every row.
+template <int kRows>
+constexpr DEVICE int column_block_bytes(int k) {
+  return k / 4 * (kRows * kChunkRowBytes) + k % 4 * 32;
+}
+
+// slab = A[row_a ..][:] . B^T over kDepth columns of both tiles; row_a is a multiple of 64.
+template <class Element, int kDepth, int kRowsA, int kRowsB>
+DEVICE void start_transposed(float (&slab)[kRowsB / 2], SharedAddress a, int row_a, SharedAddress b) {
+  const arch::ProductOperand operand_a(a + row_a * kChunkRowBytes, 16), operand_b(b, 16);
+  arch::pin(slab);
+  arch::product_fence();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k)
+    arch::Product<kRowsB, Element>::shared(slab, operand_a.at(column_block_bytes<kRowsA>(k)),
+                                           operand_b.at(column_block_bytes<kRowsB>(k)), k > 0);
+  arch::product_commit();
+  arch::pin(slab);
+}
+
+// slab += operand . B: the left operand in registers (fragment.cuh: to_operand), the contraction along the kRowsB rows of B.
+template <class Element, int kColumns, int kRowsB>
+DEVICE void start_registers(float (&slab)[kColumns / 2], uint32 (&operand)[kRowsB / 4], SharedAddress b) {
+  const arch::ProductOperand operand_b(b, kRowsB * kChunkRowBytes);
+  arch::pin(slab);
+  arch::pin(operand);
+  arch::product_fence();
+#pragma unroll
+  for (int k = 0; k < kRowsB / 16; ++k)
+    arch::Product<kColumns, Element>::registers(slab, operand + 4 * k, operand_b.at(k * 16 * kChunkRowBytes));
+  arch::product_commit();
+  arch::pin(slab);
+  arch::pin(operand);
+}
+
+// Writes the slab of a warp to rows row .. row + 15 of a tile, each of the thread's two rows multiplied by its factor; a row that
+// is not kept becomes zero. Like epilogue.cuh: stage_slab, four 8x8 matrices at a time.
+template <class Element, int kRows, int kSize>
+DEVICE void stage_slab_by_matrix(SharedAddress tile, int row, const float (&slab)[kSize], const float (&factor)[2],
+                                 const bool (&keep)[2]) {
+  const uint32 lane = arch::lane_index();
+  const uint32 lane_row = row + lane % 16;
+#pragma unroll
+  for (int t = 0; t < kSize / 8; ++t) {
+    uint32 matrices[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const int i = 8 * t + 2 * m, r = m % 2;
+      matrices[m] = arch::pack<Element>(keep[r] ? slab[i] * factor[r] : 0.f, keep[r] ? slab[i + 1] * factor[r] : 0.f);
+    }
+    arch::store_matrix(tile + swizzled_offset<kRows>(lane_row, 16 * t + lane / 16 * 8), matrices[0], matrices[1], matrices[2],
+                       matrices[3]);
+  }
+}
+
+}  // namespace tile
