@@ -1,7 +1,7 @@
 """Attention on the host twin, through the library's own plan and launch: only the driver underneath is another.
 
-``cuflash.cuda.launch`` compiles through ``module.load`` and launches through CuPy's driver API. Here both are stand-ins, so
-that the grids, the shared memory and every byte of the parameters are the product's.
+``cuflash.cuda.launch`` compiles through ``module.load`` and launches through CuPy's driver API. Here both are
+stand-ins, so that the grids, the shared memory and every byte of the parameters are the product's.
 """
 
 from __future__ import annotations

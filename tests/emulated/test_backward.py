@@ -1,4 +1,4 @@
-"""The backward kernels on the host twin: every gradient against the oracle, under schedules that the hardware may choose."""
+"""The backward kernels on the host twin: every gradient against the oracle, under many schedules."""
 
 from __future__ import annotations
 
@@ -32,9 +32,17 @@ QUICK = """
 """.split()
 
 
-# Every feature at once, small enough for many schedules. In float16, because bfloat16 rounds most orders of a sum to the same bits.
+# Every feature at once, small enough for many schedules. In float16, because bfloat16 rounds most orders of a sum to
+# the same bits.
 SCHEDULED = replace(
-    BY_ID["richest-64-bfloat16"], dtype="float16", batch=1, seqlen_k=230, seqused_q=(101,), seqused_k=(227,), window_size=None
+    BY_ID["richest-64-bfloat16"],
+    id="scheduled",
+    dtype="float16",
+    batch=1,
+    seqlen_k=230,
+    seqused_q=(101,),
+    seqused_k=(227,),
+    window_size=None,
 )
 
 

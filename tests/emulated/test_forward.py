@@ -1,4 +1,4 @@
-"""The forward kernel on the host twin: every element against the oracle, under schedules that the hardware may choose."""
+"""The forward kernel on the host twin: every element against the oracle, under many schedules."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def test_same_bits_under_every_schedule(name: str, tile: str) -> None:
 @pytest.mark.parametrize("tile", SMALL_TILES)
 def test_drops_what_the_documented_counter_drops(tile: str) -> None:
     """With the identity as v, the output is the matrix of probabilities with its holes."""
-    case = Case("dropout", batch=2, seqlen_q=65, seqlen_k=128, num_heads=3, num_kv_heads=1, head_dim_v=128, dropout_p=0.3)
+    shape = {"batch": 2, "seqlen_q": 65, "seqlen_k": 128, "num_heads": 3, "num_kv_heads": 1, "head_dim_v": 128}
+    case = Case("dropout", **shape, dropout_p=0.3)
     arrays = case.arrays()
     arrays.v[...] = np.eye(128, dtype=arrays.v.dtype)[None, :, None]
     problem = problem_of(case.problem(), arrays)

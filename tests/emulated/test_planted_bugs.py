@@ -19,12 +19,14 @@ from emulated.emulation import Emulation, Schedule, backward, forward, problem_o
 from emulated.twin import TwinError
 
 SEEDS = range(5)
+RACE = "race: this thread"
+COPYING = "is being copied to"
+BOUNDS = "lies in no array"
 
 PLAIN = Case("plain", seqlen_q=65, seqlen_k=113, causal=True)
 GROUPED = Case("grouped", batch=2, seqlen_q=65, seqlen_k=113, num_heads=4, num_kv_heads=2)
-FEATURES = replace(
-    PLAIN, id="features", softcap=1.5, alibi="head", sinks=True, dropout_p=0.3, dlse=True, window_size=(60, 5), causal=False
-)
+MODIFIED = {"softcap": 1.5, "alibi": "head", "sinks": True, "dropout_p": 0.3, "dlse": True}
+FEATURES = Case("features", seqlen_q=65, seqlen_k=113, window_size=(60, 5), **MODIFIED)
 USED = replace(PLAIN, id="used", batch=2, seqused_q=(65, 40), seqused_k=(113, 70))
 EMPTY_ROWS = Case("empty-rows", seqlen_q=113, seqlen_k=65, causal=True)
 DETERMINISTIC = replace(test_backward.SCHEDULED, deterministic=True)
@@ -58,7 +60,8 @@ class Bug:
     def edit(self, spec: KernelSpec, text: str) -> str:
         if spec.entry != self.entry:
             return text
-        assert text.count(self.before) == 1, f"{self.before!r} occurs {text.count(self.before)} times in {spec.source}"
+        count = text.count(self.before)
+        assert count == 1, f"{self.before!r} occurs {count} times in {spec.source}"
         return text.replace(self.before, self.after)
 
     def emulation(self, schedule: Schedule = Schedule(), *, planted: bool) -> Emulation:
@@ -95,61 +98,67 @@ def run(bug: Bug, *, planted: bool) -> None:
 
 
 FORWARD_BUGS = [
-    Bug("missing copy wait", "forward_sm80", "arch::copy_async_wait<0>();", "", TwinError, "is being copied to"),
+    Bug("missing copy wait", "forward_sm80", "arch::copy_async_wait<0>();", "", TwinError, COPYING),
     Bug("missing barrier before a stage is read", "forward_sm80",
-        "arch::block_barrier();  // this block has arrived", "//", TwinError, "race|is being copied to"),
+        "arch::block_barrier();  // this block has arrived", "//", TwinError, RACE),
     Bug("missing barrier before the output is staged", "forward_sm80",
-        "arch::block_barrier();  // q has been read", "//", TwinError, "race"),
-    Bug("stale stage", "forward_sm80", "stage ^= 1;", "", TwinError, "race|is being copied to"),
+        "arch::block_barrier();  // q has been read", "//", TwinError, RACE),
+    Bug("stale stage", "forward_sm80", "stage ^= 1;", "", TwinError, RACE),
     Bug("one stage, loaded before it is free", "forward_sm80",
-        "arch::block_barrier();\n      if (n_block > blocks.begin)", "if (n_block > blocks.begin)", TwinError, "race",
+        "arch::block_barrier();\n      if (n_block > blocks.begin)", "if (n_block > blocks.begin)", TwinError, RACE,
         tile="32 rows a warp, one stage"),
-    Bug("tiles are loaded without the swizzle", "forward_sm80", "tile + swizzled_offset<kRows>(row, column), source",
+    Bug("tiles are loaded without the swizzle", "forward_sm80",
+        "tile + swizzled_offset<kRows>(row, column), source",
         "tile + swizzled_offset<kRows>(0, column) + row * kChunkRowBytes, source", WrongAnswer),
     Bug("swizzled columns are added", "forward_sm80",
-        "lane_address ^ (column / 16 % 4 * 32)", "lane_address + (column / 16 % 4 * 32)", TwinError,
-        "is being copied to|shared access"),
+        "lane_address ^ (column / 16 % 4 * 32)", "lane_address + (column / 16 % 4 * 32)", TwinError, COPYING),
     Bug("rows past the end are loaded", "forward_sm80",
-        "first_row + row < end_row && column < columns", "column < columns", TwinError, "lies in no array"),
+        "first_row + row < end_row && column < columns", "column < columns", TwinError, BOUNDS),
     Bug("columns past head_dim are loaded", "forward_sm80",
-        "first_row + row < end_row && column < columns", "first_row + row < end_row", TwinError, "lies in no array",
-        replace(PLAIN, head_dim=40)),
-    Bug("causal mask off by one", "forward_sm80", "distance <= right - diagonal", "distance < right - diagonal", WrongAnswer),
-    Bug("window off by one", "forward_sm80", "distance >= -left - diagonal", "distance > -left - diagonal", WrongAnswer,
-        case=FEATURES),
+        "first_row + row < end_row && column < columns", "first_row + row < end_row", TwinError, BOUNDS,
+        case=replace(PLAIN, id="head-dim-40", head_dim=40)),
+    Bug("causal mask off by one", "forward_sm80",
+        "distance <= right - diagonal", "distance < right - diagonal", WrongAnswer),
+    Bug("window off by one", "forward_sm80",
+        "distance >= -left - diagonal", "distance > -left - diagonal", WrongAnswer, case=FEATURES),
     Bug("one key too many", "forward_sm80",
-        "Orientation::key(i) < seqlen_k - lane_key", "Orientation::key(i) <= seqlen_k - lane_key", WrongAnswer, case=GROUPED),
-    Bug("tail keys dropped", "forward_sm80", "ceil_divide(end, kKeys)", "end / kKeys", WrongAnswer),
+        "Orientation::key(i) < seqlen_k - lane_key", "Orientation::key(i) <= seqlen_k - lane_key", WrongAnswer,
+        case=GROUPED),
+    Bug("tail keys dropped", "forward_sm80",
+        "return {begin / kKeys, ceil_divide(end, kKeys)};", "return {begin / kKeys, end / kKeys};", WrongAnswer),
     Bug("mask skipped on cut tiles", "forward_sm80",
         "cut |= key + kKeys - 1 > query + offset + right", "cut |= key > query + offset + right", WrongAnswer),
     Bug("diagonal ignores used lengths", "forward_sm80",
-        "shape.top_left ? 0 : seqlen_k - seqlen_q", "shape.top_left ? 0 : shape.seqlen_k - shape.seqlen_q", WrongAnswer, case=USED),
+        "shape.top_left ? 0 : seqlen_k - seqlen_q", "shape.top_left ? 0 : shape.seqlen_k - shape.seqlen_q",
+        WrongAnswer, case=USED),
     Bug("wrong kv head of a group", "forward_sm80",
         "head / shape.group_size", "head % shape.num_kv_heads", WrongAnswer, case=GROUPED),
     Bug("8-bit dropout threshold", "forward_sm80",
         "return word >= threshold;", "return word >> 24 >= threshold >> 24;", WrongAnswer, case=FEATURES),
     Bug("dropout ignores the head", "forward_sm80",
-        "static_cast<uint32>(head) | static_cast<uint32>(batch) << 16", "static_cast<uint32>(batch) << 16", WrongAnswer,
-        case=FEATURES),
+        "static_cast<uint32>(head) | static_cast<uint32>(batch) << 16", "static_cast<uint32>(batch) << 16",
+        WrongAnswer, case=FEATURES),
     Bug("missing rescale", "forward_sm80", "tile::scale_rows(out[s], rescale);", "", WrongAnswer),
     Bug("lse in base 2", "forward_sm80",
         "(maximum * unit + arch::log2(sum)) * kLn2", "(maximum * unit + arch::log2(sum))", WrongAnswer),
     Bug("sink forgotten in the denominator", "forward_sm80",
-        "state.sum[r] * rescale + arch::exp2(sink_log2 - reference)", "state.sum[r] * rescale", WrongAnswer, case=FEATURES),
+        "state.sum[r] * rescale + arch::exp2(sink_log2 - reference)", "state.sum[r] * rescale", WrongAnswer,
+        case=FEATURES),
     Bug("empty rows are NaN", "forward_sm80",
-        "return maximum == -arch::infinity() ? 0.f : maximum * unit;", "return maximum * unit;", WrongAnswer, case=EMPTY_ROWS),
+        "return maximum == -arch::infinity() ? 0.f : maximum * unit;", "return maximum * unit;", WrongAnswer,
+        case=EMPTY_ROWS),
     Bug("absent rows keep a finite lse", "forward_sm80",
         "keep[r] ? log_sum_exp", "true ? log_sum_exp", WrongAnswer, case=USED),
 ]  # fmt: skip
 
 BACKWARD_BUGS = [
     Bug("missing barrier before dS is read", "backward_sm80",
-        "arch::block_barrier();  // the dS of all warps", "//", TwinError, "race"),
+        "arch::block_barrier();  // the dS of all warps", "//", TwinError, RACE),
     Bug("missing barrier before dk is staged", "backward_sm80",
-        "arch::block_barrier();  // k and v have been read", "//", TwinError, "race"),
+        "arch::block_barrier();  // k and v have been read", "//", TwinError, RACE),
     Bug("statistics of the other stage", "backward_sm80",
         "row_lse = statistics + stage * kStatisticBytes + 4 * warp_query",
-        "row_lse = statistics + (stage ^ 1) * kStatisticBytes + 4 * warp_query", TwinError, "race|is being copied to"),
+        "row_lse = statistics + (stage ^ 1) * kStatisticBytes + 4 * warp_query", TwinError, RACE),
     Bug("turn skipped", "backward_sm80",
         "if (arch::thread_index() == 0) arch::wait_for_turn(turn, n_block);", "", NotRepeatable, case=DETERMINISTIC),
     Bug("turn passed before all warps have added", "backward_sm80",
@@ -157,8 +166,10 @@ BACKWARD_BUGS = [
     Bug("turn starts too late", "backward_prepare",
         "if constexpr (!Config::window_left) return 0;", "if constexpr (!Config::window_left) return 1;",
         TwinError, "deadlock", case=DETERMINISTIC),
-    Bug("only the first head of a group", "backward_sm80", "Cursor{head + 1, blocks.end - 1}", "Cursor{head + 2, blocks.end - 1}", WrongAnswer, case=GROUPED),
-    Bug("dq accumulator not cleared", "backward_prepare", "Share::clear(params, batch, head, m_block);", "", WrongAnswer),
+    Bug("only the first head of a group", "backward_sm80",
+        "Cursor{head + 1, blocks.end - 1}", "Cursor{head + 2, blocks.end - 1}", WrongAnswer, case=GROUPED),
+    Bug("dq accumulator not cleared", "backward_prepare",
+        "Share::clear(params, batch, head, m_block);", "", WrongAnswer),
     Bug("dlse ignored", "backward_prepare", "delta -= params.dlse[source];", ";", WrongAnswer, case=FEATURES),
     Bug("empty rows have probabilities", "backward_prepare",
         "lse == -arch::infinity() ? arch::infinity() : lse * kLog2E", "lse * kLog2E", WrongAnswer, case=EMPTY_ROWS),
@@ -171,10 +182,10 @@ BACKWARD_BUGS = [
     Bug("dropout forgotten in dP", "backward_sm80",
         "gradients[s][i] = keep ? gradients[s][i] * params.dropout.scale : 0.f;", "", WrongAnswer, case=FEATURES),
     Bug("dropout of the neighbouring lane", "backward_sm80",
-        "parity ? random.word[h] : random.word[2 + h], 4)", "parity ? random.word[h] : random.word[2 + h], 8)", WrongAnswer,
-        case=FEATURES),
+        "parity ? random.word[h] : random.word[2 + h], 4)", "parity ? random.word[h] : random.word[2 + h], 8)",
+        WrongAnswer, case=FEATURES),
     Bug("warps that share keys skip the barrier", "backward_sm80",
-        "arch::block_barrier();\n      if (next.head < end_head)", "if (next.head < end_head)", TwinError, "race",
+        "arch::block_barrier();\n      if (next.head < end_head)", "if (next.head < end_head)", TwinError, RACE,
         tile="warps share keys"),
     Bug("dsinks sums one warp only", "backward_sinks", "warp < kWarps;", "warp < 1;", WrongAnswer, case=FEATURES),
 ]  # fmt: skip
@@ -199,7 +210,7 @@ def test_is_caught(bug: Bug) -> None:
         run(bug, planted=True)
 
 
-@pytest.mark.parametrize("control", CONTROLS.values(), ids=lambda bug: f"{bug.case.id}-{bug.entry}-{bug.tile or 'default'}")
+@pytest.mark.parametrize("control", CONTROLS.values(), ids=lambda bug: f"{bug.case.id}-{bug.entry}-{bug.tile}")
 def test_the_same_runs_pass_without_the_bug(control: Bug) -> None:
     run(control, planted=False)
 

@@ -1,4 +1,4 @@
-"""The host twin: kernel sources compiled by g++ against ``twin/arch`` and run on NumPy memory, one fiber per CUDA thread.
+"""The host twin: kernels compiled by g++ against ``twin/arch`` and run on NumPy memory, one fiber per CUDA thread.
 
 ``compile_text`` turns one flattened translation unit into a shared library, cached on disk by its content;
 ``Kernel.launch`` runs an entry point over a grid. See PLANTED.md for what the twin is known to notice.
@@ -25,8 +25,8 @@ TWIN_FOLDER = Path(__file__).parent / "twin"
 MACHINE_SOURCES = ("machine/scheduler.cpp", "machine/shared_memory.cpp")
 WARP_SIZE = 32
 
-# Contracted multiply-adds would differ from machine to machine; fresh locals hold a pattern, so that a register that a kernel
-# forgets to set gives a wrong answer rather than a lucky zero.
+# Contracted multiply-adds would differ from machine to machine; fresh locals hold a pattern, so that a register that a
+# kernel forgets to set gives a wrong answer rather than a lucky zero.
 COMMON_FLAGS = ("-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", "-fvisibility=hidden", "-U_FORTIFY_SOURCE")
 KERNEL_FLAGS = ("-O1", "-fno-gnu-unique", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas", "-Wno-psabi")
 MACHINE_FLAGS = ("-O2", "-Wall", "-Wextra")
@@ -158,7 +158,8 @@ def _built(
 ) -> Path:
     """The result of one g++ call; its name is a hash of everything that it depends on."""
     inputs = "\0".join([_compiler_version(), text, *flags, *map(str, objects), *included])
-    target = _cache_folder() / f"{Path(name).stem}-{hashlib.sha256(inputs.encode()).hexdigest()[:24]}{'.so' if objects else '.o'}"
+    digest = hashlib.sha256(inputs.encode()).hexdigest()[:24]
+    target = _cache_folder() / f"{Path(name).stem}-{digest}{'.so' if objects else '.o'}"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=_cache_folder()) as folder:
             source, result = Path(folder) / Path(name).name, Path(folder) / "result"

@@ -69,6 +69,14 @@ KERNEL(32, 1) mma_float16(GRID_CONSTANT ProbeParams params) { mma_probe<Float16>
 KERNEL(32, 1) convert_bfloat16(GRID_CONSTANT ProbeParams params) { convert_probe<Bfloat16>(params); }
 KERNEL(32, 1) convert_float16(GRID_CONSTANT ProbeParams params) { convert_probe<Float16>(params); }
 
+// out[lane] = lane 0's value + 100 * (whether any lane has `variant`) + 1000 * (the value that an atomic add found)
+KERNEL(32, 1) votes(GRID_CONSTANT ProbeParams params) {
+  const int lane = arch::lane_index();
+  const int value = *at<int>(params.in, lane);
+  const int found = arch::any(value == params.variant) ? 100 : 0;
+  *at<int>(params.out, lane) = arch::broadcast(value) + found + 1000 * arch::fetch_add(params.turn, arch::grid_size());
+}
+
 KERNEL(32, 1) shuffle(GRID_CONSTANT ProbeParams params) {
   const int lane = arch::lane_index();
   *at<float>(params.out, lane) = arch::shuffle_xor(*at<float>(params.in, lane), params.variant);

@@ -48,6 +48,7 @@ To bit_cast(const From& from) {
 }
 
 DEVICE float infinity() { return __builtin_inff(); }
+DEVICE int grid_size() { return twin::grid_size(); }
 DEVICE int block_index() { return twin::block_index(); }
 DEVICE int thread_index() { return twin::thread_index(); }
 DEVICE int lane_index() { return twin::thread_index() % kWarpSize; }
@@ -71,6 +72,29 @@ DEVICE uint32 shuffle_xor(uint32 value, int lane_mask, Where where = {}) {
 }
 DEVICE float shuffle_xor(float value, int lane_mask, Where where = {}) {
   return bit_cast<float>(shuffle_xor(bit_cast<uint32>(value), lane_mask, where));
+}
+
+struct Vote {
+  int value;
+  int result;
+};
+DEVICE void give_first(Vote* const* lanes) {
+  for (int lane = 0; lane < kWarpSize; ++lane) lanes[lane]->result = lanes[0]->value;
+}
+DEVICE void give_any(Vote* const* lanes) {
+  int any = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane) any |= lanes[lane]->value;
+  for (int lane = 0; lane < kWarpSize; ++lane) lanes[lane]->result = any;
+}
+DEVICE int broadcast(int value, Where where = {}) {
+  Vote vote{value, 0};
+  twin::meet<Vote, give_first>("broadcast", vote, where);
+  return vote.result;
+}
+DEVICE bool any(bool condition, Where where = {}) {
+  Vote vote{condition, 0};
+  twin::meet<Vote, give_any>("any", vote, where);
+  return vote.result;
 }
 
 DEVICE float exp2(float x) { return __builtin_exp2f(x); }
@@ -135,6 +159,11 @@ DEVICE float load_shared_float(SharedAddress address, Where where = {}) {
   twin::read_shared(address, &value, sizeof value, where);
   return value;
 }
+DEVICE int load_shared_int(SharedAddress address, Where where = {}) {
+  int value;
+  twin::read_shared(address, &value, sizeof value, where);
+  return value;
+}
 DEVICE float2 load_shared_float2(SharedAddress address, Where where = {}) {
   float2 value;
   twin::read_shared(address, &value, sizeof value, where);
@@ -160,6 +189,13 @@ DEVICE void reduce_add(float* address, float value, Where where = {}) {
   twin::read_global(address, &sum, sizeof sum, where);
   sum += value;
   twin::write_global(address, &sum, sizeof sum, where);
+}
+DEVICE int fetch_add(int* address, int value, Where where = {}) {
+  int old;
+  twin::read_global(address, &old, sizeof old, where);
+  const int sum = old + value;
+  twin::write_global(address, &sum, sizeof sum, where);
+  return old;
 }
 DEVICE void wait_for_turn(const int* turn, int expected, Where where = {}) { twin::wait_until_equal(turn, expected, where); }
 DEVICE void pass_turn(int* turn, int next, Where where = {}) { twin::write_global(turn, &next, sizeof next, where); }

@@ -18,6 +18,7 @@ struct Where {
 // Stops the launch; the message reaches Python with the thread and `where` in front.
 [[noreturn]] void fail(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
+int grid_size();
 int block_index();
 int thread_index();
 

@@ -255,6 +255,7 @@ void fail(Where where, const char* format, ...) {
   throw Failure();
 }
 
+int grid_size() { return launch->grid; }
 int block_index() { return block->index; }
 int thread_index() { return thread; }
 
