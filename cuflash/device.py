@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -124,24 +125,29 @@ _RATES = {info.name: (info.flops, info.bandwidth) for info in _NAMED.values()}
 
 
 def require_cupy() -> ModuleType:
-    """Import CuPy, or say what is missing.
-
-    CuPy makes its cache folder on import and fails where it cannot; it then gets a temporary one.
-    """
+    """Import CuPy, or say what is missing."""
+    if "cupy" not in sys.modules:
+        _provide_cache_folder()
     try:
         import cupy
     except ImportError as error:
         raise RuntimeError("GPU arrays need CuPy: pip install 'cuflash[cuda13]', or 'cuflash[cuda12]'") from error
+    return cupy
+
+
+def _provide_cache_folder() -> None:
+    """CuPy makes its cache folder on import and cannot be imported where that fails: give it a temporary one there."""
+    folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    try:
+        os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        folder = os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="cupy-kernel-cache-")
+        temporary = os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="cupy-kernel-cache-")
         warnings.warn(
-            f"CuPy's kernel cache cannot be made ({error}): kernels are kept in {folder} and compile again in the next "
+            f"CuPy's kernel cache cannot be made ({error}): kernels are kept in {temporary} and compile again in the next "
             "process; set CUPY_CACHE_DIR to a folder that can be written",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-        import cupy
-    return cupy
 
 
 @functools.lru_cache(maxsize=None)

@@ -152,8 +152,9 @@ RICHEST |= {"sinks": True, "dropout_p": 0.1, "dlse": True, "batch": 2, "seqused_
 
 
 def _sequences(seqlen_q: int, seqlen_k: int) -> dict[str, int]:
-    """Lengths, and where they are tiny many sequences: rounding errors of a few rows say nothing about their bound."""
-    batch, heads = (4, 8) if min(seqlen_q, seqlen_k) < 16 else (1, 2)
+    """Lengths, and the shorter the more sequences: rounding errors of a few rows say nothing about their bound."""
+    shortest = min(seqlen_q, seqlen_k)
+    batch, heads = (4, 8) if shortest < 16 else (2, 4) if shortest < 128 else (1, 2)
     return {"batch": batch, "num_heads": heads, "num_kv_heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
 
 
