@@ -143,8 +143,8 @@ def _provide_cache_folder() -> None:
     except OSError as error:
         temporary = os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="cupy-kernel-cache-")
         warnings.warn(
-            f"CuPy's kernel cache cannot be made ({error}): kernels are kept in {temporary} and compile again in the next "
-            "process; set CUPY_CACHE_DIR to a folder that can be written",
+            f"CuPy's kernel cache cannot be made ({error}): kernels are kept in {temporary} and compile again in the "
+            "next process; set CUPY_CACHE_DIR to a folder that can be written",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -1,8 +1,8 @@
 """Tile sizes as data: one row per family of devices, pass, head_dim bucket and demand, with the reason beside each row.
 
 Families are told apart by the shared memory that a block may use, which is what bounds a tile: 227 KB (sm_90, sm_100),
-163 KB (sm_80, sm_87), 99 KB (sm_86, sm_89, sm_120). A measured reason is the speed's ratio to FlashAttention-2 (FA2) in the
-same run; benchmarks/NOTES.md has the runs, with the variants that lost.
+163 KB (sm_80, sm_87), 99 KB (sm_86, sm_89, sm_120). A measured reason is the speed's ratio to FlashAttention-2 (FA2) in
+the same run; benchmarks/NOTES.md has the runs, with the variants that lost.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ class TileRow:
     @property
     def threads(self) -> int:
         return 32 * self.num_warps
+
+    def describe(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages, split_d {self.split_d}"
+        )
 
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Dynamic shared memory of the main kernel of the pass: the layout at the top of its .cu file.

@@ -7,18 +7,18 @@ the results, because they belong to the caller's array library; ``allocate`` pro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 
 from cuflash.cuda import module
 from cuflash.cuda.launch import Launch
-from cuflash.device import DeviceInfo
+from cuflash.device import DeviceInfo, require_cupy
 from cuflash.plan import Plan, plan_backward, plan_forward
 from cuflash.problem import Problem, View, check_backend_dtype
 
 DTYPES = ("float16", "bfloat16")
-PREPARED = 1024  # problems whose launches are kept ready
+MAX_LAUNCHES = 4096  # passes kept ready; decoding with a growing cache brings a new one every step
 
 Allocate = Callable[[tuple[int, ...], str], View]
+Planner = Callable[[Problem, DeviceInfo], Plan]
 
 
 def forward(
@@ -38,7 +38,7 @@ def forward(
     allocate : callable
         ``allocate(shape, dtype)`` returns a view of uninitialised memory that may be reused in the order of ``stream``.
     """
-    launch = _prepared(plan_forward, problem.without_seed(), device_index)
+    launch = _ready(plan_forward, problem.without_seed(), device_index, stream)
     launch(views, 0, problem.dropout, stream)
 
 
@@ -49,7 +49,7 @@ def backward(
 
     The other views are those of `forward`, with ``lse``, ``dout`` and, where it is not zero, ``dlse``.
     """
-    launch = _prepared(plan_backward, problem.without_seed(), device_index)
+    launch = _ready(plan_backward, problem.without_seed(), device_index, stream)
     workspace = allocate((launch.workspace_floats,), "float32")
     launch(views, workspace.pointer, problem.dropout, stream)
 
@@ -79,7 +79,27 @@ def _plans(problem: Problem, device_index: int) -> tuple[Plan, Plan]:
     return plan_forward(problem, device), plan_backward(problem, device)
 
 
-@lru_cache(maxsize=PREPARED)
-def _prepared(plan: Callable[[Problem, DeviceInfo], Plan], problem: Problem, device_index: int) -> Launch:
-    check_backend_dtype(problem.dtype, "cuda", DTYPES)
-    return Launch(plan(problem, DeviceInfo.current(device_index)), device_index)
+_launches: dict[tuple[Planner, Problem, int], Launch] = {}  # single reads and writes only, so threads need no lock
+
+
+def _ready(planner: Planner, problem: Problem, device_index: int, stream: int) -> Launch:
+    """Return the launches of a pass, planned and loaded at their first use."""
+    key = (planner, problem, device_index)
+    launch = _launches.get(key)
+    if launch is None:
+        check_backend_dtype(problem.dtype, "cuda", DTYPES)
+        plan = planner(problem, DeviceInfo.current(device_index))
+        _check_capture(plan, device_index, stream)
+        if len(_launches) >= MAX_LAUNCHES:
+            _launches.clear()
+        launch = _launches[key] = Launch(plan, device_index)
+    return launch
+
+
+def _check_capture(plan: Plan, device_index: int, stream: int) -> None:
+    """Code cannot be loaded while a stream records a CUDA graph, and the driver's own error does not say so."""
+    missing = [step.spec.entry for step in plan.steps if module.loaded(step.spec, device_index) is None]
+    if missing and require_cupy().cuda.runtime.streamIsCapturing(stream):
+        raise RuntimeError(
+            f"{missing[0]} is first used while a CUDA graph is captured; make the same call once before the capture"
+        )

@@ -69,7 +69,6 @@ def _build(spec: KernelSpec, device_index: int) -> Kernel:
     _check_compiler(cupy, spec)
     start_compiler(cupy)
     with cupy.cuda.Device(device_index):
-        _check_not_capturing(cupy, spec)
         try:
             return _compile(cupy, spec)
         except OSError as error:
@@ -120,11 +119,3 @@ def _check_compiler(cupy: ModuleType, spec: KernelSpec) -> None:
         raise RuntimeError(f"NVRTC, CUDA's run-time compiler, cannot be loaded ({error}); {remedy}") from error
     if int(spec.arch.removeprefix("sm_").rstrip("a")) not in supported:
         raise RuntimeError(f"NVRTC {version[0]}.{version[1]} does not know {spec.arch}; {remedy}")
-
-
-def _check_not_capturing(cupy: ModuleType, spec: KernelSpec) -> None:
-    """Loading code is illegal while a stream records a CUDA graph, and the driver's own error does not say so."""
-    if cupy.cuda.get_current_stream().is_capturing():
-        raise RuntimeError(
-            f"{spec.entry} is first used while a CUDA graph is captured; make the same call once before the capture"
-        )

@@ -8,7 +8,6 @@ file and line.
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from pathlib import Path
 
@@ -94,8 +93,3 @@ def _kernel_text(name: str) -> str:
 def translation_unit(spec: KernelSpec) -> str:
     """Return the complete text of a kernel, ready for NVRTC."""
     return f"{prelude(spec)}\n{_kernel_text(spec.source)}\n"
-
-
-def content_hash(spec: KernelSpec) -> str:
-    """Return a short name for exactly this text on this architecture."""
-    return hashlib.sha256(f"{spec.arch}\n{translation_unit(spec)}".encode()).hexdigest()[:16]

@@ -1,0 +1,203 @@
+"""Parameter structs: the same bytes on both sides of the compiler, the right address in every field, one per call."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fake_driver import addressed, backward_views, driver, forward_views  # noqa: F401 - a fixture
+
+from cuflash.cuda import launch
+from cuflash.cuda.source import kernels_folder
+from cuflash.device import DeviceInfo
+from cuflash.dropout import Dropout
+from cuflash.plan import plan_backward, plan_forward
+from cuflash.problem import Problem, View
+
+HOPPER = DeviceInfo.named("sm_90a")
+
+
+def fields(params: np.dtype, prefix: str = ""):
+    """Dotted name, offset and size of every scalar, nested structs included."""
+    for name in params.names:
+        dtype, offset = params.fields[name][:2]
+        if dtype.names:
+            yield from ((inner, offset + at, size) for inner, at, size in fields(dtype, f"{prefix}{name}."))
+        else:
+            yield f"{prefix}{name}", offset, dtype.itemsize
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to lay out the structs of params.cuh")
+def test_structs_are_laid_out_as_in_cpp(tmp_path):
+    lines = []
+    for struct, dtype in launch.STRUCTS.items():
+        lines.append(f'std::printf("{struct} - %zu %zu\\n", sizeof({struct}), alignof({struct}));')
+        for name, _, _ in fields(dtype):
+            offset, size = f"offsetof({struct}, {name})", f"sizeof((({struct}*)0)->{name})"
+            lines.append(f'std::printf("{struct} {name} %zu %zu\\n", {offset}, {size});')
+    program = tmp_path / "offsets.cpp"
+    program.write_text(
+        "#include <cstddef>\n#include <cstdio>\n"
+        + f'#include "{kernels_folder() / "params.cuh"}"\n'
+        + "int main() {\n"
+        + "\n".join(lines)
+        + "\n}\n"
+    )
+    binary = tmp_path / "offsets"
+    subprocess.run(["g++", "-std=c++17", "-Wno-invalid-offsetof", str(program), "-o", str(binary)], check=True)
+    printed = subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout.splitlines()
+    expected = []
+    for struct, dtype in launch.STRUCTS.items():
+        expected.append(f"{struct} - {dtype.itemsize} {dtype.alignment}")
+        expected += [f"{struct} {name} {offset} {size}" for name, offset, size in fields(dtype)]
+    assert printed == expected
+
+
+def test_structs_have_no_field_that_is_missing_here():
+    text = re.sub(r"//.*", "", (kernels_folder() / "params.cuh").read_text())
+    for struct, dtype in launch.STRUCTS.items():
+        body = re.search(rf"struct (?:alignas\(\d+\) )?{struct} {{(.*?)}};", text, flags=re.DOTALL)[1]
+        declarations = [re.sub(r"^(?:const )?\w+\*? ", "", line.strip()) for line in body.split(";") if line.strip()]
+        names = [name.strip(" *") for line in declarations for name in line.split(",")]
+        assert names == list(dtype.names), struct
+
+
+def problem_of(views: dict[str, View], **keywords) -> Problem:
+    results = ("dq", "dk", "dv", "dsinks")
+    return Problem.build({name: view for name, view in views.items() if name not in results}, **keywords)
+
+
+def read(params: np.dtype, content: bytes) -> np.void:
+    return np.frombuffer(content, params)[0]
+
+
+def test_constants_describe_the_problem():
+    views = forward_views(alibi_slopes=View.of((2, 4), "float32", ("cuda", 0)))
+    problem = problem_of(views, window_size=(7, 3), softcap=5.0, softmax_scale=0.25, dropout_p=0.25)
+    plan = plan_forward(problem, HOPPER)
+    params = read(launch.FORWARD_PARAMS, launch.constants(plan))
+    shape, score, dropout = params["shape"], params["score"], params["dropout"]
+    assert [shape[name] for name in ("batch", "num_heads", "num_kv_heads", "group_size")] == [2, 4, 4, 1]
+    assert [shape[name] for name in ("seqlen_q", "seqlen_k", "head_dim", "head_dim_v")] == [100, 100, 64, 64]
+    assert [shape[name] for name in ("window_left", "window_right", "top_left")] == [7, 3, 0]
+    assert shape["section_heads"] == plan.section_heads
+    assert (score["scale"], score["softcap"], score["alibi_batch_stride"]) == (0.25, 5.0, 4)
+    assert (dropout["threshold"], dropout["scale"]) == (16384, np.float32(4 / 3))
+
+
+def test_slopes_of_all_batches_have_no_batch_stride():
+    views = forward_views(alibi_slopes=View.of((4,), "float32", ("cuda", 0)))
+    params = read(launch.FORWARD_PARAMS, launch.constants(plan_forward(problem_of(views), HOPPER)))
+    assert params["score"]["alibi_batch_stride"] == 0
+
+
+def test_forward_passes_every_address_and_stride(driver):  # noqa: F811
+    views = forward_views(
+        q=View(0, (2, 100, 4, 64), (51200, 64, 12800, 1), "bfloat16", ("cuda", 0)),
+        alibi_slopes=View.of((4,), "float32", ("cuda", 0)),
+        sinks=View.of((4,), "float32", ("cuda", 0)),
+        seqused_q=View.of((2,), "int32", ("cuda", 0)),
+        seqused_k=View.of((2,), "int32", ("cuda", 0)),
+    )
+    plan = plan_forward(problem_of(views), HOPPER)
+    launch.Launch(plan, 0)(views, 0, None, stream=5)
+    (launched,) = driver.launched
+    step = plan.steps[0]
+    assert (launched.entry, launched.stream) == ("forward_sm80", 5)
+    assert (launched.grid, launched.threads, launched.shared_bytes) == (step.grid, step.threads, step.shared_bytes)
+    params = read(launch.FORWARD_PARAMS, launched.parameters)
+    assert params["q"].item() == (views["q"].pointer, 51200, 64, 12800)
+    for name in ("k", "v", "out"):
+        assert params[name].item() == (views[name].pointer, 25600, 256, 64)
+    found = [params["lse"], *params["shape"].item()[:2], *params["score"].item()[:2]]
+    assert found == [views[name].pointer for name in ("lse", "seqused_q", "seqused_k", "alibi_slopes", "sinks")]
+
+
+def test_backward_passes_every_address(driver):  # noqa: F811
+    extra = {"sinks": View.of((4,), "float32", ("cuda", 0)), "dsinks": View.of((4,), "float32", ("cuda", 0))}
+    views = backward_views(dlse=View.of((2, 4, 100), "float32", ("cuda", 0)), **extra)
+    plan = plan_backward(problem_of(views, deterministic=True), HOPPER)
+    prepared = launch.Launch(plan, 0)
+    prepared(views, 1 << 40, None, stream=0)
+    assert [launched.entry for launched in driver.launched] == [step.spec.entry for step in plan.steps]
+    assert len({launched.parameters for launched in driver.launched}) == 1
+    params = read(launch.BACKWARD_PARAMS, driver.launched[0].parameters)
+    for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
+        assert params[name]["data"] == views[name].pointer
+    for name in ("lse", "dlse", "dsinks"):
+        assert params[name] == views[name].pointer
+    assert params["padded_seqlen_q"] == plan.padded_seqlen_q
+    ends = {int(params[name]): int(np.prod(shape)) * 4 for name, (shape, _) in plan.workspace.items()}
+    for start, end in zip(sorted(ends), [*sorted(ends)[1:], (1 << 40) + 4 * prepared.workspace_floats], strict=True):
+        assert start % 256 == 0
+        assert start + ends[start] <= end, "parts of the workspace overlap"
+    assert min(ends) == 1 << 40
+
+
+def test_what_one_call_brought_does_not_stay_for_the_next(driver):  # noqa: F811
+    views = forward_views()
+    prepared = launch.Launch(plan_forward(problem_of(views), HOPPER), 0)
+    prepared(views, 0, None, 0)
+    prepared({name: view for name, view in views.items() if name != "lse"}, 0, None, 0)
+    with_lse, without = (read(launch.FORWARD_PARAMS, launched.parameters) for launched in driver.launched)
+    assert with_lse["lse"] == views["lse"].pointer
+    assert without["lse"] == 0
+
+
+def test_seed_belongs_to_the_call(driver):  # noqa: F811
+    views = forward_views()
+    prepared = launch.Launch(plan_forward(problem_of(views, dropout_p=0.5), HOPPER), 0)
+    for seed, offset in ((0x1122334455667788, 9), ((1 << 64) - 1, (1 << 32) - 1), (0, 0)):
+        prepared(views, 0, Dropout(0.5, seed, offset), 0)
+        key = read(launch.FORWARD_PARAMS, driver.launched[-1].parameters)["dropout"]
+        assert int(key["seed_low"]) | int(key["seed_high"]) << 32 == seed
+        assert (key["offset"], key["threshold"], key["scale"]) == (offset, 32768, 2.0)
+
+
+def test_negative_strides(driver):  # noqa: F811
+    views = forward_views(k=View(0, (2, 100, 4, 64), (25600, -256, 64, 1), "bfloat16", ("cuda", 0)))
+    launch.Launch(plan_forward(problem_of(views), HOPPER), 0)(views, 0, None, 0)
+    assert read(launch.FORWARD_PARAMS, driver.launched[0].parameters)["k"]["row_stride"] == -256
+
+
+def test_large_shared_memory_is_opted_in(driver):  # noqa: F811
+    plan = plan_backward(problem_of(backward_views()), HOPPER)
+    launch.Launch(plan, 0)
+    by_entry = {driver.entries[handle - 1]: size for handle, size in driver.opted_in.items()}
+    assert by_entry == {step.spec.entry: step.shared_bytes for step in plan.steps if step.shared_bytes}
+    assert by_entry["backward_sm80"] > 48 * 1024
+
+
+def test_thread_without_a_context_gets_one(driver):  # noqa: F811
+    views = forward_views()
+    prepared = launch.Launch(plan_forward(problem_of(views), HOPPER), 0)
+    driver.has_context = False
+    prepared(views, 0, None, 0)
+    assert driver.has_context
+
+
+def test_calls_at_the_same_time_have_parameters_of_their_own(driver, monkeypatch):  # noqa: F811
+    """The driver holds every call until all have patched their bytes: the lock is released at the worst moment."""
+    threads, views, genuine = 4, forward_views(), driver.launchKernel
+    prepared, barrier = launch.Launch(plan_forward(problem_of(views), HOPPER), 0), threading.Barrier(threads)
+
+    def held(*arguments):
+        barrier.wait(timeout=10)
+        genuine(*arguments)
+
+    monkeypatch.setattr(prepared, "_launch_kernel", held)
+    own = [addressed({name: replace(view) for name, view in views.items()}) for _ in range(threads)]
+    for number, mine in enumerate(own):
+        mine["out"].pointer = (number + 1) << 30
+    workers = [threading.Thread(target=prepared, args=(mine, 0, None, number)) for number, mine in enumerate(own)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    params = {launched.stream: read(launch.FORWARD_PARAMS, launched.parameters) for launched in driver.launched}
+    assert {stream: int(content["out"]["data"]) for stream, content in params.items()} == {number: (number + 1) << 30 for number in range(threads)}
