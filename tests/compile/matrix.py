@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cuflash.device import DeviceInfo
-from cuflash.plan import Plan, Step, plan_backward, plan_forward
+from cuflash.plan import KernelSpec, Plan, Step, plan_backward, plan_forward
 from cuflash.problem import Problem, View
 from cuflash.tiles import ANY, rows_for
+from cuflash.tiles_sm90 import FORWARD
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 PASSES = {"forward": plan_forward, "backward": plan_backward}
@@ -24,13 +25,12 @@ FEATURES = {
     "sinks": {"sinks": True},
     "deterministic": {"deterministic": True},
     "negative_scale": {"softmax_scale": -0.1},
-    "float16": {"dtype": "float16"},
     "narrow_rows": {"narrow": True},
 }
 PLAIN: tuple[str, ...] = ()
 WITHOUT_EXTRAS = ("window_left", "causal", "sinks", "deterministic")
 RICHEST = (*WITHOUT_EXTRAS, "softcap", "alibi", "dropout")
-# The heaviest forms that a tile row must bear, by how many extras it serves (`TileRow.extras`).
+# The heaviest forms that a portable tile row must bear, by how many extras it serves (`TileRow.extras`).
 HEAVIEST = {
     0: (WITHOUT_EXTRAS,),
     1: tuple((*WITHOUT_EXTRAS, extra) for extra in ("alibi", "dropout")),
@@ -45,22 +45,27 @@ class Kernel:
     arch: str
     plan: Plan
     step: Step
-    label: str
+    features: tuple[str, ...]
 
     @property
     def id(self) -> str:
-        return f"{self.arch}-{self.step.spec.entry}-{self.label}"
+        problem, entry = self.plan.problem, self.step.spec.entry
+        size = f"{problem.head_dim}x{problem.head_dim_v}-{problem.dtype}"
+        if entry.endswith("_sm90"):
+            size += f"-{problem.layout.seqlen_q}"  # which Hopper's rows depend on
+        return f"{self.arch}-{entry}-{size}-{'+'.join(self.features) or 'plain'}"
 
     @property
     def is_main(self) -> bool:
         """Whether this is the kernel with the matrix products."""
-        return self.step.spec.entry.endswith("_sm80")
+        return self.step.spec.entry.endswith(("_sm80", "_sm90"))
 
 
 def problem(
     head_dim: int,
-    head_dim_v: int | None = None,
+    head_dim_v: int,
     *,
+    seqlen: int = 4096,
     dtype: str = "bfloat16",
     alibi: bool = False,
     sinks: bool = False,
@@ -68,8 +73,7 @@ def problem(
     **keywords: object,
 ) -> Problem:
     """A problem of some size; ``narrow`` makes rows of an odd number of elements, which are loaded one by one."""
-    batch, seqlen, heads = 2, 1000, 8
-    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    batch, heads = 2, 8
     q_and_k = View.of((batch, seqlen, heads, head_dim - narrow), dtype)
     views = {"q": q_and_k, "k": q_and_k, "v": View.of((batch, seqlen, heads, head_dim_v - narrow), dtype)}
     if alibi:
@@ -79,57 +83,81 @@ def problem(
     return Problem.build(views, **keywords)
 
 
-def kernels_of(arch: str, pass_: str, features: tuple[str, ...], *head_dims: int) -> Iterator[Kernel]:
-    keywords = {name: value for feature in features for name, value in FEATURES[feature].items()}
+def kernels_of(
+    arch: str, pass_: str, features: tuple[str, ...], head_dim: int, head_dim_v: int | None = None, **others: object
+) -> Iterator[Kernel]:
+    """The kernels of a pass: the portable ones, where ``kernels="sm90"`` does not ask for Hopper's."""
+    keywords = {"kernels": "sm80"} | others
+    for feature in features:
+        keywords |= FEATURES[feature]
     if {"window_left", "causal"} <= set(features):
         keywords["window_size"] = (100, 0)
-    plan = PASSES[pass_](problem(*head_dims, **keywords), DeviceInfo.named(arch))
-    sizes = "x".join(map(str, head_dims))
+    plan = PASSES[pass_](problem(head_dim, head_dim_v or head_dim, **keywords), DeviceInfo.named(arch))
     for step in plan.steps:
-        yield Kernel(arch, plan, step, f"{sizes}-{'+'.join(features) or 'plain'}")
+        yield Kernel(arch, plan, step, features)
 
 
 def tile_rows(arch: str, pass_: str) -> Iterator[Kernel]:
-    """Every tile row of an architecture, at its largest head_dim, plain and in the heaviest forms that it serves."""
+    """Every portable tile row of an architecture, at its largest head_dim, plain and in its heaviest forms."""
     for row in rows_for(DeviceInfo.named(arch).tile_family, pass_):
         for features in (PLAIN, *HEAVIEST[row.extras]):
             yield from kernels_of(arch, pass_, features, row.head_dim)
 
 
-def feature_pairs(arch: str, pass_: str, *head_dims: int) -> Iterator[Kernel]:
+def hopper_rows() -> Iterator[Kernel]:
+    """Every row of the Hopper forward, plain and in the heaviest form that it serves."""
+    for row in FORWARD:
+        size = {"head_dim": row.head_dim, "head_dim_v": row.head_dim_v, "seqlen": row.longest or 4096}
+        for features in (PLAIN, RICHEST if row.heavy else WITHOUT_EXTRAS):
+            yield from kernels_of("sm_90a", "forward", features, **size, kernels="sm90")
+
+
+def feature_pairs(arch: str, pass_: str, head_dim: int, kernels: str = "sm80") -> Iterator[Kernel]:
     for pair in itertools.combinations(FEATURES, 2):
-        yield from kernels_of(arch, pass_, pair, *head_dims)
+        if kernels == "sm80" or "narrow_rows" not in pair:
+            yield from kernels_of(arch, pass_, pair, head_dim, kernels=kernels)
 
 
 def head_dim_pairs(arch: str, pass_: str) -> Iterator[Kernel]:
-    """Every rounded head_dim, with equal and with extreme head_dim_v."""
+    """Every rounded head_dim, with equal and with extreme head_dim_v, in both dtypes."""
     sizes = range(32, 257, 32)
-    for pair in sorted({*zip(sizes, sizes, strict=True), *itertools.product((32, 256), sizes), (192, 128), (128, 192)}):
-        yield from kernels_of(arch, pass_, PLAIN, *pair)
-        yield from kernels_of(arch, pass_, RICHEST, *pair)
+    pairs = sorted({*zip(sizes, sizes, strict=True), *itertools.product((32, 256), sizes), (192, 128), (128, 192)})
+    for features, dtype, pair in itertools.product((PLAIN, RICHEST), ("bfloat16", "float16"), pairs):
+        yield from kernels_of(arch, pass_, features, *pair, dtype=dtype)
 
 
-def distinct(kernels: Iterator[Kernel]) -> list[Kernel]:
+def distinct(kernels: Iterable[Kernel]) -> list[Kernel]:
     """The kernels without repetition: features that a kernel does not depend on leave its specification as it was."""
-    return list({kernel.step.spec: kernel for kernel in reversed(list(kernels))}.values())[::-1]
+    first: dict[KernelSpec, Kernel] = {}
+    for kernel in kernels:
+        first.setdefault(kernel.step.spec, kernel)
+    return list(first.values())
+
+
+def portable_rows() -> list[Kernel]:
+    return [row for arch in ARCHS for pass_ in PASSES for row in tile_rows(arch, pass_)]
 
 
 def quick() -> list[Kernel]:
-    """The plain kernels of one large and one small device."""
-    rows = (row for arch in ("sm_86", "sm_90a") for pass_ in PASSES for row in tile_rows(arch, pass_))
-    return distinct(kernel for kernel in rows if kernel.label.endswith("plain"))
+    """The plain kernels of Hopper and of a device with little shared memory."""
+    rows = itertools.chain(portable_rows(), hopper_rows())
+    return distinct(row for row in rows if row.arch in ("sm_86", "sm_90a") and not row.features)
 
 
 def continuous() -> list[Kernel]:
     """What continuous integration compiles: all rows of all architectures, all pairs of features on one."""
-    rows = (row for arch in ARCHS for pass_ in PASSES for row in tile_rows(arch, pass_))
-    pairs = (pair for pass_ in PASSES for pair in feature_pairs("sm_90a", pass_, 128))
-    return distinct(itertools.chain(rows, pairs))
+    pairs = [
+        *feature_pairs("sm_90a", "forward", 128),
+        *feature_pairs("sm_90a", "backward", 128),
+        *feature_pairs("sm_90a", "forward", 128, kernels="sm90"),
+    ]
+    return distinct([*portable_rows(), *hopper_rows(), *(pair for pair in pairs if pair.is_main)])
 
 
 def full() -> list[Kernel]:
     """Everything: all pairs of features and all head_dims on every architecture."""
     sized = itertools.product(ARCHS, PASSES, (64, 128, 256))
-    pairs = (pair for arch, pass_, head_dim in sized for pair in feature_pairs(arch, pass_, head_dim))
-    sizes = (kernel for arch in ARCHS for pass_ in PASSES for kernel in head_dim_pairs(arch, pass_))
-    return distinct(itertools.chain(pairs, sizes))
+    pairs = [pair for arch, pass_, head_dim in sized for pair in feature_pairs(arch, pass_, head_dim)]
+    hopper = [pair for size in (64, 192, 256) for pair in feature_pairs("sm_90a", "forward", size, kernels="sm90")]
+    sizes = [kernel for arch in ARCHS for pass_ in PASSES for kernel in head_dim_pairs(arch, pass_)]
+    return distinct([*pairs, *hopper, *sizes])

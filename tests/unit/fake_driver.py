@@ -59,9 +59,9 @@ class FakeDriver:
         handle, grid, _, _, threads, _, _, shared_bytes, stream, pointers, _ = arguments
         assert self.has_context
         entry = self.entries[handle - 1]
-        params = launch.FORWARD_PARAMS if entry.startswith("forward") else launch.BACKWARD_PARAMS
+        forward = {"forward_sm80": launch.FORWARD_PARAMS, "forward_sm90": launch.FORWARD_SM90_PARAMS}
         address = ctypes.c_void_p.from_address(pointers).value
-        content = ctypes.string_at(address, params.itemsize)
+        content = ctypes.string_at(address, forward.get(entry, launch.BACKWARD_PARAMS).itemsize)
         self.launched.append(Launched(entry, grid, threads, shared_bytes, stream, content))
 
     def RawModule(self, *, code: str, options: tuple[str, ...]):  # noqa: N802

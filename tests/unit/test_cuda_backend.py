@@ -15,7 +15,8 @@ from cuflash.problem import Problem, View
 
 def problem_of(views: dict[str, View], **keywords) -> Problem:
     inputs = ("q", "k", "v", "dout", "alibi_slopes", "sinks", "seqused_q", "seqused_k", "lse", "dlse")
-    return Problem.build({name: view for name, view in views.items() if name in inputs}, **keywords)
+    given = {name: view for name, view in views.items() if name in inputs}
+    return Problem.build(given, **{"kernels": "sm80"} | keywords)
 
 
 class Allocations(list):

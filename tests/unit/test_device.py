@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -66,8 +67,8 @@ class Properties:
     class CUDARuntimeError(RuntimeError):
         pass
 
-    def __init__(self, **properties):
-        self.calls = 0
+    def __init__(self, nvrtc: tuple[int, int] = (13, 0), **properties: object):
+        self.calls, self.nvrtc = 0, SimpleNamespace(getVersion=lambda: nvrtc)
         self.properties = {
             "name": b"NVIDIA H200",
             "major": 9,
@@ -91,7 +92,8 @@ class Properties:
 def runtime(monkeypatch):
     def use(**properties):
         fake = Properties(**properties)
-        monkeypatch.setattr(device, "require_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=fake)))
+        cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=fake, nvrtc=fake.nvrtc))
+        monkeypatch.setattr(device, "require_cupy", lambda: cupy)
         return fake
 
     device._query.cache_clear()
@@ -103,6 +105,22 @@ def test_current_is_asked_once(runtime):
     fake = runtime()
     assert DeviceInfo.current(0) == DeviceInfo.current(0) == DeviceInfo.named("sm_90a")
     assert fake.calls == 1
+
+
+@pytest.mark.parametrize("nvrtc", [(12, 9), (13, 0)])
+def test_compiler_that_knows_hopper(runtime, nvrtc):
+    runtime(nvrtc=nvrtc)
+    assert DeviceInfo.current(0).has_wgmma
+
+
+def test_compiler_that_does_not_know_hopper_means_portable_kernels_and_one_warning(runtime):
+    runtime(nvrtc=(12, 8))
+    with pytest.warns(RuntimeWarning, match=r"NVRTC 12\.8 does not compile the Hopper kernels"):
+        info = DeviceInfo.current(0)
+    assert (info.arch, info.has_wgmma, info.tile_family) == ("sm_90", False, "sm_90")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DeviceInfo.current(0)
 
 
 def test_rates_of_an_unknown_product_are_unknown(runtime):

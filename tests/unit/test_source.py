@@ -91,8 +91,10 @@ def test_packaged_kernels_are_preferred(tmp_path, monkeypatch):
 
 def specs() -> list[KernelSpec]:
     views = {name: View.of((1, 100, 2, 64), "float16") for name in "qkv"} | {"sinks": View.of((2,), "float32")}
-    problem, device = Problem.build(views, causal=True), DeviceInfo.named("sm_80")
-    return [step.spec for plan in (plan_forward, plan_backward) for step in plan(problem, device).steps]
+    device = DeviceInfo.named("sm_90a")
+    hopper, portable = (Problem.build(views, causal=True, kernels=kernels) for kernels in ("sm90", "sm80"))
+    plans = (plan_forward(hopper, device), plan_forward(portable, device), plan_backward(portable, device))
+    return [step.spec for plan in plans for step in plan.steps]
 
 
 def test_every_kernel_has_a_file_and_an_entry_point():
