@@ -62,6 +62,11 @@ class DeviceInfo:
         return _query(index)
 
     @property
+    def has_wgmma(self) -> bool:
+        """Whether the Hopper kernels run: the instructions of sm_90a, and a compiler that knows them."""
+        return self.arch == "sm_90a"
+
+    @property
     def portable_arch(self) -> str:
         """The architecture without its own instructions: what the mma.sync kernels are compiled for."""
         return self.arch.rstrip("a")
@@ -150,6 +155,22 @@ def _provide_cache_folder() -> None:
         )
 
 
+SM_90A_COMPILER = (12, 9)  # the oldest NVRTC that takes -arch=sm_90a beside the -arch=sm_90 that CuPy appends
+
+
+def _compiler_knows_sm_90a() -> bool:
+    version = require_cupy().cuda.nvrtc.getVersion()
+    if version >= SM_90A_COMPILER:
+        return True
+    warnings.warn(
+        f"NVRTC {version[0]}.{version[1]} does not compile the Hopper kernels, so the slower portable ones run; "
+        "pip install 'cuflash[cuda13]' brings one that does",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
 @functools.lru_cache(maxsize=None)
 def _query(index: int) -> DeviceInfo:
     runtime = require_cupy().cuda.runtime
@@ -163,7 +184,7 @@ def _query(index: int) -> DeviceInfo:
     flops, bandwidth = _RATES.get(name, (None, None))
     return DeviceInfo(
         name=name,
-        arch=f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else ""),
+        arch=f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) and _compiler_knows_sm_90a() else ""),
         major=major,
         minor=minor,
         sm_count=properties["multiProcessorCount"],

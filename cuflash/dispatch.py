@@ -31,7 +31,8 @@ from cuflash.problem import (
 
 Operands = Mapping[str, Array]  # by argument name
 
-BACKENDS = ("numpy", "cuda", "sm80", "sm90")
+KERNELS = ("sm80", "sm90")
+BACKENDS = ("numpy", "cuda", *KERNELS)
 MAX_PREPARED = 4096  # kinds of calls remembered; decoding with a growing cache brings a new one every step
 WITH_HEAD_DIM = frozenset(("q", "k", "v", "out", "dout", "dq", "dk", "dv"))  # arrays whose axes the layout names
 
@@ -211,6 +212,7 @@ def _prepare(adapter: Adapter, arrays: Operands, options: Options) -> Prepared:
         dropout_p=options.dropout_p,
         deterministic=options.deterministic,
         layout=layout,
+        kernels=backend if backend in KERNELS else None,
     )
     supported = DTYPES if backend == "numpy" else cuda_backend.DTYPES
     check_backend_dtype(problem.dtype, backend, supported)
@@ -245,8 +247,6 @@ def choose_backend(requested: str | None, q: View) -> str:
         return "cuda" if on_gpu else "numpy"
     if not isinstance(requested, str) or requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}; it must be None or one of {', '.join(map(repr, BACKENDS))}")
-    if requested == "sm90":
-        raise NotImplementedError("backend is 'sm90', which has no kernels yet; 'sm80' runs on Hopper GPUs too")
     if requested == "numpy" and on_gpu:
         raise ValueError("backend is 'numpy' and q is on a GPU; move the arrays, for instance by cupy.asnumpy")
     if requested != "numpy" and not on_gpu:

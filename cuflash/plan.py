@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cuflash.device import MB, DeviceInfo
 from cuflash.problem import WIDEST_LOAD, ArraySpec, Problem
 from cuflash.tiles import TileRow, rounded_head_dim, row_for, tile_bytes
+from cuflash.tiles_sm90 import ForwardRow, forward_row
 
 ELEMENTS = {"bfloat16": "Bfloat16", "float16": "Float16"}
 ITEMSIZE = 2  # bytes of both
@@ -48,16 +49,22 @@ class Plan:
     """The launches of one pass in order, and the memory between them.
 
     ``workspace`` maps a name to (shape, dtype); ``section_heads`` (batch, head) pairs are worked on together, because
-    what their blocks share fits in L2.
+    what their blocks share fits in L2. ``note`` says why a Hopper GPU runs the portable kernels, where it does.
     """
 
     problem: Problem
     device: DeviceInfo
     pass_: str
     steps: tuple[Step, ...]
-    tile: TileRow
+    tile: TileRow | ForwardRow
     workspace: Mapping[str, tuple[tuple[int, ...], str]]
     section_heads: int
+    note: str | None = None
+
+    @property
+    def main_entry(self) -> str:
+        """Entry point of the kernel that does the pass; a problem without elements never launches it."""
+        return f"{self.pass_}_{'sm90' if isinstance(self.tile, ForwardRow) else 'sm80'}"
 
     @property
     def padded_seqlen_q(self) -> int:
@@ -99,8 +106,7 @@ class Plan:
         tile, floor = self.tile, self.floor_us()
         lines = [
             f"{self.pass_} on {self.device.name} ({self.device.arch}, {self.device.sm_count} SMs)",
-            f"  tile {tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages, "
-            f"split_d {tile.split_d}: {tile.reason}",
+            f"  tile {tile.describe()}: {tile.reason}",
         ]
         for step in self.steps:
             used = registers.get(step.spec.entry, 0)
@@ -109,6 +115,7 @@ class Plan:
                 f"  {step.spec.entry} [{step.spec.arch}]: grid {step.grid}, {step.threads} threads, "
                 f"{step.shared_bytes} B shared, {used or '?'} registers, {blocks} blocks per SM"
             )
+        lines += [f"  {self.note}"] if self.note else []
         lines.append(f"  {self.flops:.3g} FLOP, {self.bytes:.3g} bytes, sections of {self.section_heads} heads")
         lines.append("  floor unknown for this device" if floor is None else f"  floor {floor:.1f} us")
         return "\n".join(lines)
@@ -122,13 +129,71 @@ def plan_forward(problem: Problem, device: DeviceInfo) -> Plan:
     >>> problem = Problem.build({name: View.of(shape, "bfloat16") for name in "qkv"}, causal=True)
     >>> plan = plan_forward(problem, DeviceInfo.named("sm_90a"))
     >>> [(step.spec.entry, step.grid, step.threads) for step in plan.steps]
-    [('forward_sm80', 128, 128)]
+    [('forward_sm90', 128, 384)]
     """
+    obstacle = hopper_obstacle(problem, device)
+    if problem.kernels == "sm90" and obstacle:
+        raise NotImplementedError(f"backend is 'sm90', but {obstacle}; 'sm80' runs it")
+    if problem.kernels != "sm80" and not obstacle:
+        return _plan_forward_sm90(problem, device)
     layout = problem.layout
     tile = _tile(problem, device, "forward")
     config = _config(problem, tile)
     grid = _blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch
     step = _step(device, "forward_sm80", config, grid, tile)
+    return Plan(
+        problem=problem,
+        device=device,
+        pass_="forward",
+        steps=_launchable(step),
+        tile=tile,
+        workspace={},
+        section_heads=forward_section_heads(problem, device),
+        note=f"portable kernels: {obstacle}" if obstacle and device.has_wgmma else None,
+    )
+
+
+def hopper_obstacle(problem: Problem, device: DeviceInfo) -> str | None:
+    """Why the Hopper forward cannot run a problem; None where it can.
+
+    The copy engine takes addresses and strides of multiples of 16 bytes, and reads rows that are absent by key padding.
+    """
+    if not device.has_wgmma:
+        return f"{device.name} is {device.arch}, not sm_90a"
+    if problem.layout.used_q or problem.layout.used_k:
+        return "seqused_q and seqused_k need the portable kernels"
+    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": problem.out}
+    for name, array in arrays.items():
+        if array is None:
+            if problem.head_dim_v % (WIDEST_LOAD // ITEMSIZE):
+                return f"head_dim_v is {problem.head_dim_v}; rows of out are no multiples of {WIDEST_LOAD} bytes"
+            continue
+        if 0 in array.shape:
+            return f"{name} has shape {array.shape}; the copy engine knows no empty arrays"
+        if array.alignment < WIDEST_LOAD:
+            return f"{name}'s address or strides are not multiples of {WIDEST_LOAD} bytes"
+        if any(stride <= 0 for size, stride in zip(array.shape[:3], array.strides[:3], strict=True) if size > 1):
+            return f"{name} has strides {array.strides}; the copy engine needs positive ones"
+    return None
+
+
+def _plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
+    layout = problem.layout
+    heavy = _scale_first(problem) or problem.dropout is not None
+    causal = problem.mask.right is not None
+    tile = forward_row(problem.head_dim, problem.head_dim_v, layout.seqlen_q, causal=causal, heavy=heavy)
+    config = _score_config(problem) | {
+        "block_n": ("int", tile.block_n),
+        "num_consumers": ("int", tile.num_consumers),
+        "own_out": ("bool", tile.own_out),
+        "ping_pong": ("bool", tile.ping_pong),
+        "lazy_rescale": ("bool", tile.lazy_rescale),
+        "eighths_before_wait": ("int", tile.eighths_before_wait),
+    }
+    spec = _spec("forward_sm90", config, device.arch)
+    tiles = _blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch
+    shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
+    step = Step(spec, min(device.sm_count, tiles), tile.threads, shared_bytes, min_blocks=1)
     return Plan(
         problem=problem,
         device=device,
@@ -150,6 +215,8 @@ def plan_backward(problem: Problem, device: DeviceInfo) -> Plan:
     >>> [step.spec.entry for step in plan.steps]
     ['backward_prepare', 'backward_sm80', 'backward_finish']
     """
+    if problem.kernels == "sm90":
+        raise NotImplementedError("backend is 'sm90', whose backward has not landed; None or 'sm80' runs it")
     layout = problem.layout
     tile = _tile(problem, device, "backward")
     config = _config(problem, tile)
@@ -187,8 +254,10 @@ _SIZES = ("Element", "head_dim", "head_dim_v", "block_m", "block_n", "num_warps"
 _WIDTHS = ("load_bytes", "store_bytes")
 _SCORES = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
 _DQ_TILE = ("Element", "head_dim", "block_m", "num_warps")
+_SCHEDULE = ("num_consumers", "own_out", "ping_pong", "lazy_rescale", "eighths_before_wait")
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
+    "forward_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_SCHEDULE, *_SCORES, "sinks"),
     "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic"),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "deterministic"),
     "backward_finish": (*_DQ_TILE, "store_bytes"),
@@ -207,12 +276,8 @@ def _tile(problem: Problem, device: DeviceInfo, pass_: str) -> TileRow:
 
 
 def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
-    """All compile-time choices, as C++ type and value by name."""
-    mask, modifiers = problem.mask, problem.modifiers
-    return {
-        "Element": ("class", ELEMENTS[problem.dtype]),
-        "head_dim": ("int", rounded_head_dim(problem.head_dim)),
-        "head_dim_v": ("int", rounded_head_dim(problem.head_dim_v)),
+    """All compile-time choices of the portable kernels, as C++ type and value by name."""
+    return _score_config(problem) | {
         "block_m": ("int", tile.block_m),
         "block_n": ("int", tile.block_n),
         "num_warps": ("int", tile.num_warps),
@@ -220,6 +285,18 @@ def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
         "num_stages": ("int", tile.num_stages),
         "load_bytes": ("int", _load_bytes(problem, tile.pass_)),
         "store_bytes": ("int", _store_bytes(problem, tile.pass_)),
+        "split_d": ("int", tile.split_d),
+        "deterministic": ("bool", problem.deterministic),
+    }
+
+
+def _score_config(problem: Problem) -> dict[str, tuple[str, object]]:
+    """What every kernel must know of a problem."""
+    mask, modifiers = problem.mask, problem.modifiers
+    return {
+        "Element": ("class", ELEMENTS[problem.dtype]),
+        "head_dim": ("int", rounded_head_dim(problem.head_dim)),
+        "head_dim_v": ("int", rounded_head_dim(problem.head_dim_v)),
         "window_left": ("bool", mask.left is not None),
         "window_right": ("bool", mask.right is not None),
         "scale_first": ("bool", _scale_first(problem)),
@@ -227,8 +304,6 @@ def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
         "alibi": ("bool", modifiers.alibi),
         "dropout": ("bool", problem.dropout is not None),
         "sinks": ("bool", problem.sinks),
-        "split_d": ("int", tile.split_d),
-        "deterministic": ("bool", problem.deterministic),
     }
 
 
@@ -267,14 +342,14 @@ def _step(device: DeviceInfo, entry: str, config: dict[str, tuple[str, object]],
         "backward_finish": (tile.threads, tile_bytes(tile.block_m, head_dim)),
         "backward_sinks": (SINKS_THREADS, SINKS_BYTES),
     }[entry]
-    spec = KernelSpec(
-        source=f"{entry}.cu",
-        entry=entry,
-        config=tuple((name, *config[name]) for name in CONFIG_FIELDS[entry]),
-        arch=device.portable_arch,
-    )
+    spec = _spec(entry, config, device.portable_arch)
     min_blocks = tile.min_blocks if "min_blocks" in CONFIG_FIELDS[entry] else 1
     return Step(spec, grid, threads, shared_bytes, min_blocks)
+
+
+def _spec(entry: str, config: dict[str, tuple[str, object]], arch: str) -> KernelSpec:
+    fields = tuple((name, *config[name]) for name in CONFIG_FIELDS[entry])
+    return KernelSpec(source=f"{entry}.cu", entry=entry, config=fields, arch=arch)
 
 
 def _launchable(*steps: Step) -> tuple[Step, ...]:

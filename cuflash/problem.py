@@ -107,7 +107,8 @@ class Problem:
     """A checked attention problem; hashable, free of pointers, printable.
 
     ``out`` and ``dout`` describe arrays that the caller brings to a forward (``out=``) or a backward; None stands for
-    an array that the library allocates, contiguous and aligned.
+    an array that the library allocates, contiguous and aligned. ``kernels`` is the family that the caller insists on,
+    ``"sm80"`` or ``"sm90"``; None leaves the choice to the plan.
     """
 
     layout: Dense
@@ -127,6 +128,7 @@ class Problem:
     v: ArraySpec
     out: ArraySpec | None = None
     dout: ArraySpec | None = None
+    kernels: str | None = None
     _hash: int = field(init=False, repr=False, compare=False)
     _seedless: Problem | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -134,7 +136,7 @@ class Problem:
         # Hashing some hundred integers on every call would cost more than the launch's own bookkeeping.
         parts = (self.layout, self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim_v, self.dtype)
         parts += (self.softmax_scale, self.mask, self.modifiers, self.sinks, self.dropout, self.deterministic)
-        object.__setattr__(self, "_hash", hash((*parts, self.q, self.k, self.v, self.out, self.dout)))
+        object.__setattr__(self, "_hash", hash((*parts, self.q, self.k, self.v, self.out, self.dout, self.kernels)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -153,6 +155,7 @@ class Problem:
         offset: int = 0,
         deterministic: bool = False,
         layout: str = "bshd",
+        kernels: str | None = None,
     ) -> Problem:
         """Check one call and describe it.
 
@@ -163,6 +166,8 @@ class Problem:
             ``seqused_q``, ``seqused_k``, ``out``, ``dout``, ``lse``, ``dlse`` that are given. Axes as ``layout`` says.
         causal, window_size, softmax_scale, softcap, dropout_p, seed, offset, deterministic, layout
             As in `cuflash.attention`.
+        kernels : {None, "sm80", "sm90"}
+            The family of GPU kernels that the caller insists on.
 
         Examples
         --------
@@ -213,6 +218,7 @@ class Problem:
             v=v,
             out=ArraySpec.of(views["out"], layout) if "out" in views else None,
             dout=ArraySpec.of(views["dout"], layout) if "dout" in views else None,
+            kernels=kernels,
         )
 
     @property

@@ -96,7 +96,8 @@ KERNEL(kThreads, Config::min_blocks) forward_sm80(GRID_CONSTANT ForwardParams pa
     float scores[kSlabs][kBlockN / 2];
 #pragma unroll
     for (int s = 0; s < kSlabs; ++s) tile::clear(scores[s]);
-    tile::multiply_transposed<Element, Config::head_dim>(scores, tile::RowsFirst<kBlockM>(q_tile + warp_query * tile::kChunkRowBytes), 0, tile::ColumnsFirst<kBlockN>(k_tile), 0);
+    tile::multiply_transposed<Element, Config::head_dim>(scores, tile::RowsFirst<kBlockM>(q_tile), warp_query,
+                                                         tile::ColumnsFirst<kBlockN>(k_tile), 0);
 
     const int first_key = n_block * kBlockN;
     const bool cut = band.template cuts<kBlockM, kBlockN>(first_query, first_key);

@@ -41,3 +41,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 _DESELECTED: pytest.StashKey[list[str]] = pytest.StashKey()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # under pytest-xdist workers collect and only the controller prints
+        session.config.workeroutput["deselected"] = session.config.stash.get(_DESELECTED, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error: object) -> None:
+    node.config.stash[_DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", [])

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cuflash.cuda import module
+from cuflash.cuda import module, tensor_map
+from cuflash.cuda.counters import tile_counters
 from cuflash.device import require_cupy
 from cuflash.dropout import Dropout
 from cuflash.plan import Plan
 from cuflash.problem import View
+from cuflash.tiles_sm90 import WARPGROUP_ROWS
 
 POINTER = np.uint64
 ROWS = np.dtype(
@@ -68,6 +70,13 @@ BACKWARD_PARAMS = np.dtype(
     ],
     align=True,
 )
+TENSOR_MAP = np.dtype(("V", tensor_map.BYTES))
+_MAPS = [(name, TENSOR_MAP) for name in ("q", "k", "v", "out")]
+_BEHIND_MAPS = np.dtype([("lse", POINTER), ("tile_counter", POINTER), *_COMMON], align=True)
+_PADDING = -_BEHIND_MAPS.itemsize % tensor_map.ALIGNMENT  # the struct is as aligned as its maps
+FORWARD_SM90_PARAMS = np.dtype(
+    [*_MAPS, ("lse", POINTER), ("tile_counter", POINTER), *_COMMON, ("padding", np.dtype(("V", _PADDING)))], align=True
+)
 STRUCTS = {
     "Rows": ROWS,
     "Shape": SHAPE,
@@ -75,8 +84,10 @@ STRUCTS = {
     "DropoutKey": DROPOUT_KEY,
     "ForwardParams": FORWARD_PARAMS,
     "BackwardParams": BACKWARD_PARAMS,
+    "ForwardSm90Params": FORWARD_SM90_PARAMS,
 }
-PARAMS = {"forward": FORWARD_PARAMS, "backward": BACKWARD_PARAMS}
+PARAMS = {"forward": FORWARD_PARAMS, "backward": BACKWARD_PARAMS}  # of the portable kernels
+MAX_MAPS = 64  # tensor maps remembered per operand of a launch: frameworks hand out the same addresses again and again
 OPERANDS_IN_STRUCTS = {
     "seqused_q": ("shape", "used_q"),
     "seqused_k": ("shape", "used_k"),
@@ -92,7 +103,7 @@ _put_seed = struct.Struct("<QI").pack_into  # seed_low and seed_high are the hal
 def constants(plan: Plan) -> bytes:
     """Return the parameter struct of a plan without addresses, strides and seed: those belong to a call."""
     problem, layout, mask = plan.problem, plan.problem.layout, plan.problem.mask
-    params = np.zeros((), PARAMS[plan.pass_])
+    params = np.zeros((), PARAMS[plan.main_entry])
     for name, value in {
         "batch": layout.batch,
         "num_heads": problem.num_heads,
@@ -133,7 +144,9 @@ class Launch:
         self._launch_kernel = cuda.driver.launchKernel
         self._device_index = device_index
         self._constants = constants(plan)
-        self._offsets = _Offsets(PARAMS[plan.pass_])
+        self._offsets = _Offsets(PARAMS[plan.main_entry])
+        self._maps = [_Map(name, offset, plan) for name, offset in self._offsets.maps]
+        self._counters = tile_counters(device_index) if "tile_counter" in self._offsets.of else None
         self._workspace = _workspace_offsets(plan)
         self._free: list[_Parameters] = []
         self._kernels = [module.load(step.spec, device_index) for step in plan.steps]
@@ -160,6 +173,10 @@ class Launch:
             view = views[name]
             batch_stride, row_stride, head_stride, _ = view.strides
             _put_rows(struct_bytes, offset, view.pointer, batch_stride, row_stride, head_stride)
+        for tensor_map_of in self._maps:
+            tensor_map_of.put(struct_bytes, views)
+        if self._counters is not None:
+            _put_pointer(struct_bytes, offsets.of["tile_counter"], self._counters.address(stream))
         for name, offset in offsets.pointers:
             if name in views:
                 _put_pointer(struct_bytes, offset, views[name].pointer)
@@ -187,13 +204,33 @@ class _Parameters:
         self.arguments = ctypes.addressof(self._argument)  # kernelParams of cuLaunchKernel: one pointer to one argument
 
 
+class _Map:
+    """The tensor map of one operand. Its strides are the plan's, so its address alone tells one map from another."""
+
+    def __init__(self, name: str, offset: int, plan: Plan) -> None:
+        self._name, self._slice = name, slice(offset, offset + tensor_map.BYTES)
+        # The output is stored by each warpgroup for itself, everything else is loaded by the tile.
+        self._rows = {"q": plan.tile.block_m, "out": WARPGROUP_ROWS}.get(name, plan.tile.block_n)
+        self._encoded: dict[int, bytes] = {}
+
+    def put(self, struct_bytes: bytearray, views: Mapping[str, View]) -> None:
+        view = views[self._name]
+        encoded = self._encoded.get(view.pointer)
+        if encoded is None:
+            if len(self._encoded) >= MAX_MAPS:
+                self._encoded.clear()
+            encoded = self._encoded[view.pointer] = tensor_map.encode(view, self._rows)
+        struct_bytes[self._slice] = encoded
+
+
 class _Offsets:
-    """Where the addresses of operands go in a parameter struct: ``rows`` with strides, ``pointers`` alone."""
+    """Where operands go in a parameter struct: ``rows`` with strides, ``maps`` encoded, ``pointers`` alone."""
 
     def __init__(self, params: np.dtype) -> None:
         fields = {name: (params.fields[name][0], params.fields[name][1]) for name in params.names}
         self.of = {name: offset for name, (_, offset) in fields.items()}
         self.rows = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == ROWS]
+        self.maps = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == TENSOR_MAP]
         self.pointers = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == POINTER]
         for name, (outer, inner) in OPERANDS_IN_STRUCTS.items():
             self.pointers.append((name, self.of[outer] + fields[outer][0].fields[inner][1]))

@@ -1,0 +1,122 @@
+"""Tile sizes of the Hopper kernels as data, with the measurement that chose each row.
+
+A measured reason is the speed's ratio to the best of FlashAttention-3 and cuDNN in the same run on an H200;
+benchmarks/NOTES.md has the runs, with the variants that lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuflash.tiles import rounded_head_dim, tile_bytes
+
+WARPGROUP_ROWS = 64
+WARPGROUP_THREADS = 128
+STAGES = 2
+BARRIER_BYTES = 8
+QUEUE_BYTES = 48  # tile::TileQueue of kernels_cu/tile/pipeline.cuh
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRow:
+    """Tile sizes and schedule of forward_sm90.cu.
+
+    Attributes
+    ----------
+    head_dim, head_dim_v : int
+        The largest that the row serves.
+    longest : int or None
+        The longest seqlen_q that the row serves; None for any.
+    causal : bool or None
+        Whether the row is for masks that cut to the right, for those that do not, or (None) for both.
+    heavy : bool
+        Whether the row also serves features that need registers in the inner loop: softcap, ALiBi, dropout.
+    num_consumers : int
+        Warpgroups of 64 query rows each, beside the producer.
+    block_n : int
+        Keys of a block.
+    own_out : bool
+        The output is staged in memory of its own, so that the next tile's q is loaded meanwhile.
+    ping_pong : bool
+        Consumers take turns on the tensor cores.
+    lazy_rescale : bool
+        The output is rescaled only where a row's maximum has grown by more than 2^8.
+    eighths_before_wait : int
+        Eighths of the exponentials that stand before the wait for the output's product; 0 leaves it to the compiler.
+    reason : str
+        The measurement that chose the row.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    longest: int | None
+    causal: bool | None
+    heavy: bool
+    num_consumers: int
+    block_n: int
+    own_out: bool
+    ping_pong: bool
+    lazy_rescale: bool
+    eighths_before_wait: int
+    reason: str
+
+    @property
+    def block_m(self) -> int:
+        return WARPGROUP_ROWS * self.num_consumers
+
+    @property
+    def threads(self) -> int:
+        return WARPGROUP_THREADS * (self.num_consumers + 1)
+
+    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Dynamic shared memory: the layout at the top of forward_sm90.cu.
+
+        >>> forward_row(128, 128, 4096, causal=True, heavy=False).shared_bytes(128, 128) // 1024
+        192
+        """
+        q, out = tile_bytes(self.block_m, head_dim), tile_bytes(self.block_m, head_dim_v)
+        k_and_v = tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, head_dim_v)
+        barriers = 2 * (1 + 2 * STAGES) * BARRIER_BYTES
+        return (q + out if self.own_out else max(q, out)) + STAGES * k_and_v + barriers + QUEUE_BYTES
+
+    def describe(self) -> str:
+        schedule = [f"{self.num_consumers} consumer warpgroups"]
+        schedule += ["own output staging"] * self.own_out + ["ping-pong"] * self.ping_pong
+        schedule += ["lazy rescaling"] * self.lazy_rescale
+        if self.eighths_before_wait:
+            schedule.append(f"{self.eighths_before_wait}/8 of the exponentials before the wait")
+        return f"{self.block_m}x{self.block_n}, " + ", ".join(schedule)
+
+
+# fmt: off
+FORWARD = (
+    #          D    Dv   longest causal heavy consumers n own_out ping_pong lazy eighths
+    ForwardRow(64,  64,  1024, True,  True,  2, 128, True,  True,  False, 2, "0.87 to 0.93; 3 consumers: 0.79, 0.84"),
+    ForwardRow(64,  64,  None, None,  False, 3, 128, True,  True,  False, 0, "0.92 at 512, 0.96 to 1.03 beyond"),
+    ForwardRow(64,  64,  None, None,  True,  2, 128, True,  True,  False, 2, "unmeasured: 3 consumers spill"),
+    ForwardRow(128, 128, None, None,  True,  2, 128, True,  False, False, 2, "0.98 to 1.08"),
+    ForwardRow(192, 128, None, None,  True,  2, 128, False, False, False, 2, "unmeasured: q and out share memory"),
+    ForwardRow(192, 192, None, None,  True,  2, 112, False, False, False, 2, "unmeasured: 216 KB"),
+    ForwardRow(256, 256, None, True,  True,  2, 64,  False, False, True,  0, "0.98 to 1.09; 80 keys: 0.90 to 1.05"),
+    ForwardRow(256, 256, 512,  None,  True,  2, 64,  False, False, True,  0, "0.99; 80 keys: 0.96"),
+    ForwardRow(256, 256, None, None,  True,  2, 80,  False, False, True,  0, "0.95 to 0.99; 64 keys: 0.95 to 0.96"),
+)
+# fmt: on
+
+
+def forward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, causal: bool, heavy: bool) -> ForwardRow:
+    """Choose the first row that serves a problem.
+
+    >>> forward_row(64, 64, 8192, causal=True, heavy=False).num_consumers
+    3
+    """
+    head_dim, head_dim_v = rounded_head_dim(head_dim), rounded_head_dim(head_dim_v)
+    return next(
+        row
+        for row in FORWARD
+        if head_dim <= row.head_dim
+        and head_dim_v <= row.head_dim_v
+        and (row.longest is None or seqlen_q <= row.longest)
+        and row.causal in (None, causal)
+        and (row.heavy or not heavy)
+    )
