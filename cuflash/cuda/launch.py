@@ -86,7 +86,11 @@ STRUCTS = {
     "BackwardParams": BACKWARD_PARAMS,
     "ForwardSm90Params": FORWARD_SM90_PARAMS,
 }
-PARAMS = {"forward": FORWARD_PARAMS, "backward": BACKWARD_PARAMS}  # of the portable kernels
+PARAMS = {  # by a plan's main kernel
+    "forward_sm80": FORWARD_PARAMS,
+    "forward_sm90": FORWARD_SM90_PARAMS,
+    "backward_sm80": BACKWARD_PARAMS,
+}
 MAX_MAPS = 64  # tensor maps remembered per operand of a launch: frameworks hand out the same addresses again and again
 OPERANDS_IN_STRUCTS = {
     "seqused_q": ("shape", "used_q"),

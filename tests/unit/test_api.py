@@ -197,7 +197,7 @@ def test_unknown_keywords():
     [
         ("cuda", ValueError, "backend is 'cuda' and q is on the cpu; move the arrays, for instance by cupy.asarray"),
         ("sm80", ValueError, "backend is 'sm80' and q is on the cpu; move the arrays, for instance by cupy.asarray"),
-        ("sm90", NotImplementedError, "backend is 'sm90', which has no kernels yet; 'sm80' runs on Hopper GPUs too"),
+        ("sm90", ValueError, "backend is 'sm90' and q is on the cpu; move the arrays, for instance by cupy.asarray"),
         ("tpu", ValueError, "backend is 'tpu'; it must be None or one of 'numpy', 'cuda', 'sm80', 'sm90'"),
     ],
 )
