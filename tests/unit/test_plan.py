@@ -10,6 +10,7 @@ import pytest
 from cuflash.device import MB, DeviceInfo
 from cuflash.plan import KernelSpec, plan_backward, plan_forward, visible_pairs
 from cuflash.problem import Problem, View
+from cuflash.tiles import ANY
 
 HOPPER = DeviceInfo.named("sm_90a")
 # Plans of the portable kernels, unless a test asks for others: they run everything everywhere.
@@ -180,10 +181,12 @@ def test_head_dims_are_rounded_each_for_itself():
 
 def test_demanding_features_choose_smaller_tiles():
     tiles = [
-        plan_forward(problem_of(head_dim=128, **keywords), HOPPER).tile.block_n
+        plan_forward(problem_of(head_dim=128, **keywords), HOPPER).tile
         for keywords in ({}, {"causal": True}, {"dropout_p": 0.1}, {"dropout_p": 0.1, "softcap": 5.0})
     ]
-    assert tiles[0] == tiles[1] > tiles[2] > tiles[3]
+    areas = [tile.block_m * tile.block_n for tile in tiles]
+    assert areas[0] == areas[1] > areas[2]
+    assert [tile.extras for tile in tiles] == [0, 0, 1, ANY]
 
 
 def brute_force_pairs(problem: Problem) -> int:
