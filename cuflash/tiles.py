@@ -90,7 +90,7 @@ TILES = (
     TileRow("sm_90",  "forward",  64,  0,   128, 128, 4,   2,   2,   1, "H200: 1.06 to 1.22 of FA2"),
     TileRow("sm_90",  "forward",  64,  ANY, 128, 64,  4,   2,   2,   1, "H200, dropout: 1.03 to 1.07 of FA2"),
     TileRow("sm_90",  "forward",  128, 0,   128, 64,  4,   2,   2,   1, "H200: 1.03 to 1.19 of FA2"),
-    TileRow("sm_90",  "forward",  128, 1,   128, 32,  4,   2,   2,   1, "H200, dropout: 0.98 to 1.11 of FA2; 48 keys spill"),
+    TileRow("sm_90",  "forward",  128, 1,   128, 32,  4,   2,   2,   1, "H200, dropout: 0.98 to 1.11 of FA2; 48 spill"),
     TileRow("sm_90",  "forward",  128, ANY, 64,  64,  4,   2,   2,   1, "H200: 0.86 to 1.08 of FA2; 128 rows spill"),
     TileRow("sm_90",  "forward",  192, ANY, 128, 64,  8,   1,   2,   1, "unmeasured: as at 256"),
     TileRow("sm_90",  "forward",  256, ANY, 128, 64,  8,   1,   2,   1, "H200: 1.02 to 1.10 of FA2"),
