@@ -18,12 +18,12 @@ from unittest import mock
 import numpy as np
 
 import cuflash.plan
-from cuflash.cuda import launch, source
+from cuflash.cuda import launch, source, tensor_map
 from cuflash.device import DeviceInfo
 from cuflash.plan import KernelSpec, Plan
 from cuflash.problem import ArraySpec, Problem, View
 from cuflash.testing import Arrays, numpy_dtype
-from emulated import twin
+from emulated import tensor_maps, twin
 from emulated.twin import Memory, Schedule
 
 BAND = 256  # poisoned bytes before and after every array, and what arrays are aligned to
@@ -34,21 +34,27 @@ POISON = 0xFF  # as a float of any width: NaN; as an int32: -1
 class Emulation:
     """How to run: for which device, with what tiles, in which interleaving, and with what planted bug.
 
-    ``tile`` overrides fields of the planned `TileRow`; ``edit`` changes a kernel's text before it is compiled.
+    ``tile`` overrides fields of the planned row of tiles; ``sm_count`` those of the device, so that persistent kernels
+    have more tiles than blocks; ``edit`` changes a kernel's text before it is compiled.
     """
 
     arch: str = "sm_80"
+    sm_count: int = 3
     tile: tuple[tuple[str, int], ...] = ()
     schedule: Schedule = Schedule()
     edit: Callable[[KernelSpec, str], str] = field(default=lambda spec, text: text)
 
+    @property
+    def device(self) -> DeviceInfo:
+        return replace(DeviceInfo.named(self.arch), sm_count=self.sm_count)
+
     def plan_forward(self, problem: Problem) -> Plan:
         with self._overridden_tiles():
-            return cuflash.plan.plan_forward(problem.without_seed(), DeviceInfo.named(self.arch))
+            return cuflash.plan.plan_forward(problem.without_seed(), self.device)
 
     def plan_backward(self, problem: Problem) -> Plan:
         with self._overridden_tiles():
-            return cuflash.plan.plan_backward(problem.without_seed(), DeviceInfo.named(self.arch))
+            return cuflash.plan.plan_backward(problem.without_seed(), self.device)
 
     def sources(self, plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
         """What `twin.compile_ahead` takes, for every kernel of a plan."""
@@ -63,9 +69,13 @@ class Emulation:
 
     @contextmanager
     def _overridden_tiles(self) -> Iterator[None]:
-        row_for = cuflash.plan.row_for
-        changed = lambda *args, **keywords: replace(row_for(*args, **keywords), **dict(self.tile))  # noqa: E731
-        with mock.patch.object(cuflash.plan, "row_for", changed):
+        def overridden(choose: Callable[..., object]) -> Callable[..., object]:
+            return lambda *args, **keywords: replace(choose(*args, **keywords), **dict(self.tile))
+
+        with (
+            mock.patch.object(cuflash.plan, "row_for", overridden(cuflash.plan.row_for)),
+            mock.patch.object(cuflash.plan, "forward_row", overridden(cuflash.plan.forward_row)),
+        ):
             yield
 
 
@@ -146,15 +156,20 @@ def _run(
     memory: GuardedMemory,
 ) -> None:
     driver = Driver(emulation)
+    counter = memory.zeros((1,), np.int32)
+    counters = SimpleNamespace(address=lambda stream: counter.ctypes.data)
     with (
         mock.patch.object(launch, "require_cupy", lambda: driver.cupy),
         mock.patch.object(launch.module, "load", driver.load),
+        mock.patch.object(launch, "tile_counters", lambda device_index: counters),
+        mock.patch.object(tensor_map, "_encode_tiled", lambda: tensor_maps.encode_tiled),
     ):
         prepared = launch.Launch(plan, device_index=0)
-    workspace = memory.empty((prepared.workspace_floats,), np.float32)
-    driver.memory = Memory(list(inputs.values()), [*results.values(), workspace])
-    views = {name: view_of(array) for name, array in (*inputs.items(), *results.items())}
-    prepared(views, workspace.ctypes.data, problem.dropout, stream=0)
+        workspace = memory.empty((prepared.workspace_floats,), np.float32)
+        driver.memory = Memory(list(inputs.values()), [*results.values(), workspace, counter])
+        views = {name: view_of(array) for name, array in (*inputs.items(), *results.items())}
+        prepared(views, workspace.ctypes.data, problem.dropout, stream=0)
+    assert counter == 0, "the kernel does not leave its tile counter at zero for the next launch"
     memory.check()
 
 
@@ -175,6 +190,11 @@ class GuardedMemory:
         start = BAND + -memory.ctypes.data % BAND
         self._bands += [memory[:start], memory[start + size :]]
         return memory[start : start + size].view(dtype).reshape(shape)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+        array = self.empty(shape, dtype)
+        array[...] = 0
+        return array
 
     def copies(self, arrays: Mapping[str, np.ndarray | None]) -> dict[str, np.ndarray]:
         """Copies of the arrays that are given: a read past their ends gives poison."""

@@ -22,14 +22,14 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 TWIN_FOLDER = Path(__file__).parent / "twin"
-MACHINE_SOURCES = ("machine/scheduler.cpp", "machine/shared_memory.cpp")
+MACHINE_PARTS = ("scheduler", "shared_memory", "barriers", "copy_engine", "tensor_cores")
 WARP_SIZE = 32
 
 # Contracted multiply-adds would differ from machine to machine; fresh locals hold a pattern, so that a register that a
 # kernel forgets to set gives a wrong answer rather than a lucky zero.
 COMMON_FLAGS = ("-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", "-fvisibility=hidden", "-U_FORTIFY_SOURCE")
 KERNEL_FLAGS = ("-O1", "-fno-gnu-unique", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas", "-Wno-psabi")
-MACHINE_FLAGS = ("-O2", "-Wall", "-Wextra")
+MACHINE_FLAGS = ("-O3", "-Wall", "-Wextra")
 
 
 class TwinError(AssertionError):
@@ -150,7 +150,8 @@ def machine_objects() -> tuple[Path, ...]:
     """The machine itself, which all kernels share."""
     headers = tuple(path.read_text() for path in sorted(TWIN_FOLDER.glob("machine/*.h")))
     flags = (*COMMON_FLAGS, *MACHINE_FLAGS, f"-I{TWIN_FOLDER}", "-c")
-    return tuple(_built((TWIN_FOLDER / name).read_text(), name, flags, included=headers) for name in MACHINE_SOURCES)
+    sources = (TWIN_FOLDER / f"machine/{part}.cpp" for part in MACHINE_PARTS)
+    return tuple(_built(path.read_text(), path.name, flags, included=headers) for path in sources)
 
 
 def _built(

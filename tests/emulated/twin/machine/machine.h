@@ -54,6 +54,7 @@ void read_shared(uint32_t address, void* to, int bytes, Where where);
 void write_shared(uint32_t address, const void* from, int bytes, Where where);
 // The same on behalf of another lane of the warp, inside a meeting.
 void read_shared_for_lane(int lane, uint32_t address, void* to, int bytes, Where where);
+void write_shared_for_lane(int lane, uint32_t address, const void* from, int bytes, Where where);
 
 // ---- global memory: bounds, alignment and write permission are checked --------------------------------------------------------------
 
@@ -66,6 +67,45 @@ void write_global(void* to, const void* from, int bytes, Where where);
 void begin_copy(uint32_t address, const void* from, int bytes, Where where);
 void commit_copies();
 void wait_for_copies(int pending_groups);
+
+// ---- Hopper: barriers in shared memory and by number --------------------------------------------------------------------------------
+
+void init_barrier(uint32_t address, int arrivals, Where where);
+void fence_barrier_init();
+void arrive_at_barrier(uint32_t address, int expected_bytes, Where where);
+void wait_for_phase(uint32_t address, uint32_t parity, Where where);
+void named_barrier(int id, int threads, bool waits, Where where);
+void lower_registers(int count, Where where);
+void raise_registers(int count, Where where);
+
+// ---- Hopper: copies by tensor map. They read and write at moments of their own, no later than a wait guarantees -------------------
+
+void check_map(const void* map, Where where);
+void copy_box_to_shared(uint32_t address, const void* map, uint32_t barrier, int column, int row, int head, int batch, Where where);
+void copy_box_to_global(const void* map, uint32_t address, int column, int row, int head, int batch, Where where);
+void commit_boxes();
+void wait_until_boxes_are_read();
+void fence_proxy();
+
+// ---- Hopper: products of warpgroups -------------------------------------------------------------------------------------------------
+
+struct ProductOperands {
+  uint64_t a, b;  // descriptors; a only where left_in_shared
+  int columns;
+  bool left_in_shared, is_float16, accumulate;
+  Where where;
+};
+
+struct ProductLane {
+  ProductOperands operands;
+  float* accumulators;
+  const uint32_t* registers;  // the left operand where it is not in shared memory
+};
+
+void start_product(ProductLane& lane);
+void fence_products(Where where);
+void commit_products(Where where);
+void wait_for_products(int pending_groups, Where where);
 
 // ---- launches: the one entry point that Python calls --------------------------------------------------------------------------------
 
@@ -92,9 +132,12 @@ struct Launch {
 // Returns 0, or 1 with an error in launch.message.
 int run(const Launch& launch, void (*kernel)(const void* params), const void* params);
 
+// Python's copy of the parameters need not be aligned as the struct asks.
 template <typename Params>
 void call(void (*kernel)(Params), const void* params) {
-  kernel(*static_cast<const Params*>(params));
+  alignas(Params) unsigned char aligned[sizeof(Params)];
+  __builtin_memcpy(aligned, params, sizeof(Params));
+  kernel(*reinterpret_cast<const Params*>(aligned));
 }
 
 }  // namespace twin

@@ -7,59 +7,22 @@
 #include <sys/mman.h>
 #include <vector>
 
-#include "machine/fiber.h"
-#include "machine/machine.h"
-#include "machine/shared_memory.h"
+#include "machine/block.h"
 
 namespace twin {
+
+const Launch* launch;
+Block* block;
+Warp* warp;
+int thread;
+Random schedule(0);
+
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // reserved; only what a kernel touches becomes memory
-constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr int kWarpsOfGroup = 4;
 
 struct Failure {};
-
-struct Copy {
-  uint32_t address;
-  const void* from;
-  int bytes;
-  int group;
-  Where where;
-};
-
-struct Lane {
-  Fiber fiber;
-  std::vector<Copy> copies;  // under way, oldest first
-  int groups_committed = 0;
-  const int* awaited = nullptr;  // what wait_until_equal waits for
-  int expected = 0;
-  Where waits_at;
-};
-
-struct Warp {
-  // Each lane is in exactly one of these sets, or it is the one that runs, which counts as ready.
-  uint32_t ready = 0;
-  uint32_t meeting = 0;  // came to the meeting below
-  uint32_t polling = 0;  // in wait_until_equal
-  uint32_t exited = 0;
-  bool at_block_barrier = false;  // all lanes have met there
-
-  const char* verb = nullptr;  // the meeting under way
-  Where where;
-  void* brought[kLanes] = {};
-
-  int first_lane = 0;  // lanes take turns starting here
-  int meetings_left = 0;  // until another warp may run
-};
-
-struct Block {
-  int index = -1;
-  SharedMemory shared;
-  std::vector<Warp> warps;
-  std::vector<Lane> lanes;
-  int warps_at_barrier = 0;
-  int warps_exited = 0;
-};
 
 class Stacks {
  public:
@@ -77,31 +40,12 @@ class Stacks {
   char* memory_;
 };
 
-// The splitmix64 generator: one multiply-and-shift chain over a counter.
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint32_t below(uint32_t bound) {
-    uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return static_cast<uint32_t>((z ^ (z >> 31)) % bound);
-  }
-
- private:
-  uint64_t state_;
-};
-
 // ---- the running launch -------------------------------------------------------------------------------------------------------------
 
-const Launch* launch;
 void (*kernel_body)(const void* params);
 const void* kernel_params;
 bool failed;
 jmp_buf scheduler;
-Block* block;  // the running thread
-Warp* warp;
-int thread;
 
 Lane& this_lane() { return block->lanes[thread]; }
 uint32_t this_bit() { return 1u << (thread % kLanes); }
@@ -126,9 +70,12 @@ void run_another_lane() {
 
 void exit_lane() {
   if (warp->meeting) fail(warp->where, "lane %d leaves the kernel while others wait in %s", thread % kLanes, warp->verb);
+  if (const Departure* departure = block->engine.departure_of(thread))
+    fail(departure->box.where, "this thread leaves the kernel without a wait until its copy to global memory has read shared memory");
   warp->ready &= ~this_bit();
   warp->exited |= this_bit();
   if (warp->exited == kAllLanes) {
+    check_products_at_exit();
     ++block->warps_exited;
     for (const Warp& other : block->warps)
       if (other.at_block_barrier) fail(other.where, "this warp leaves the kernel while others wait at a block barrier");
@@ -157,6 +104,10 @@ void start_block(Block& fresh, int index) {
     each = Warp();
     each.ready = kAllLanes;
   }
+  fresh.barriers = Barriers();
+  fresh.registers.reset(static_cast<int>(fresh.warps.size()));
+  fresh.engine.reset(static_cast<int>(fresh.lanes.size()));
+  fresh.histories.assign(fresh.warps.size() / kWarpsOfGroup, {});
   for (Lane& lane : fresh.lanes) {
     lane.copies.clear();
     lane.groups_committed = 0;
@@ -174,47 +125,75 @@ bool is_runnable(Block& candidate, int index) {
 }
 
 // Run lengths of 1, up to 8, up to 64 or no limit: tight interleavings as well as warps that run far ahead.
-int random_run_length(Random& random) {
+int random_run_length() {
   static const uint32_t limits[] = {1, 8, 64, 1u << 30};
-  return 1 + static_cast<int>(random.below(limits[random.below(4)]));
+  return 1 + static_cast<int>(schedule.below(limits[schedule.below(4)]));
 }
 
 [[noreturn]] void fail_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
   for (const auto& each : blocks) {
     for (size_t i = 0; i < each->lanes.size(); ++i) {
       const Warp& its_warp = each->warps[i / kLanes];
-      if (!(its_warp.polling >> (i % kLanes) & 1)) continue;
+      const Lane& lane = each->lanes[i];
       block = each.get(), thread = static_cast<int>(i);
-      fail(each->lanes[i].waits_at, "deadlock: waits for turn %d, and no earlier block can pass it", each->lanes[i].expected);
+      if (its_warp.parked >> (i % kLanes) & 1) fail(lane.waits_at, "deadlock: waits for %s", lane.waits_for);
+      if (its_warp.polling >> (i % kLanes) & 1)
+        fail(lane.waits_at, "deadlock: waits for turn %d, and no earlier block can pass it", lane.expected);
     }
   }
   fail(Where(), "deadlock");
 }
 
+// How often copy engines work when warps could run too: never, as often as a warp, or first of all.
+enum class Eagerness { kLast, kFair, kFirst };
+
+struct Candidate {
+  Block* block;
+  int warp;  // or kEngine
+};
+constexpr int kEngine = -1;
+
+void find_candidates(const std::vector<std::unique_ptr<Block>>& blocks, Eagerness eagerness, std::vector<Candidate>& candidates) {
+  candidates.clear();
+  const auto add_engines = [&] {
+    for (const auto& each : blocks)
+      if (each->engine.has_work()) candidates.push_back({each.get(), kEngine});
+  };
+  if (eagerness != Eagerness::kLast) add_engines();
+  if (eagerness == Eagerness::kFirst && !candidates.empty()) return;
+  for (const auto& each : blocks)
+    for (int i = 0; i < static_cast<int>(each->warps.size()); ++i)
+      if (is_runnable(*each, i)) candidates.push_back({each.get(), i});
+  if (candidates.empty()) add_engines();
+}
+
+void run_warp(int index) {
+  warp = &block->warps[index];
+  warp->first_lane = static_cast<int>(schedule.below(kLanes));
+  warp->meetings_left = random_run_length();
+  thread = index * kLanes + next_ready_lane(*warp);
+  switch_fiber(scheduler, this_lane().fiber.point);
+}
+
 void run_blocks(std::vector<std::unique_ptr<Block>>& blocks) {
-  Random random(launch->seed);
   int next_index = 0;
   for (auto& each : blocks) start_block(*each, next_index++);
-  struct Candidate {
-    Block* block;
-    int warp;
-  };
+  const auto eagerness = static_cast<Eagerness>(schedule.below(3));
   std::vector<Candidate> candidates;
   while (!blocks.empty()) {
-    candidates.clear();
-    for (auto& each : blocks)
-      for (int i = 0; i < static_cast<int>(each->warps.size()); ++i)
-        if (is_runnable(*each, i)) candidates.push_back({each.get(), i});
+    find_candidates(blocks, eagerness, candidates);
     if (candidates.empty()) fail_deadlock(blocks);
-    const Candidate chosen = candidates[random.below(static_cast<uint32_t>(candidates.size()))];
+    const Candidate chosen = candidates[schedule.below(static_cast<uint32_t>(candidates.size()))];
     block = chosen.block;
-    warp = &block->warps[chosen.warp];
-    warp->first_lane = static_cast<int>(random.below(kLanes));
-    warp->meetings_left = random_run_length(random);
-    thread = chosen.warp * kLanes + next_ready_lane(*warp);
-    switch_fiber(scheduler, this_lane().fiber.point);
+    if (chosen.warp == kEngine) {
+      block->engine.work();
+      continue;
+    }
+    run_warp(chosen.warp);
     if (failed) return;
     if (block->warps_exited < static_cast<int>(block->warps.size())) continue;
+    if (const Landing* landing = block->engine.landing())
+      fail(landing->box.where, "the block ends while this copy to its shared memory is under way");
     if (next_index < launch->grid) {
       start_block(*block, next_index++);
     } else {
@@ -228,9 +207,13 @@ void run_blocks(std::vector<std::unique_ptr<Block>>& blocks) {
   }
 }
 
-void check_global(const void* address, int bytes, bool writes, Where where) {
+bool is_same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+}  // namespace
+
+void check_global(const void* address, int bytes, int alignment, bool writes, Where where) {
   const uint64_t begin = reinterpret_cast<uint64_t>(address);
-  if (begin % bytes != 0) fail(where, "global access of %d bytes at %p is misaligned", bytes, address);
+  if (begin % alignment != 0) fail(where, "global access of %d bytes at %p is misaligned", bytes, address);
   for (int i = 0; i < launch->num_allocations; ++i) {
     const Allocation& allocation = launch->allocations[i];
     if (begin < allocation.base || begin + bytes > allocation.base + allocation.bytes) continue;
@@ -239,10 +222,6 @@ void check_global(const void* address, int bytes, bool writes, Where where) {
   }
   fail(where, "global %s of %d bytes at %p lies in no array", writes ? "write" : "read", bytes, address);
 }
-
-bool is_same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
-
-}  // namespace
 
 void fail(Where where, const char* format, ...) {
   char text[512];
@@ -323,6 +302,25 @@ void wait_until_equal(const int* value, int expected, Where where) {
   switch_to_scheduler();
 }
 
+void park(Where where, const char* format, ...) {
+  Lane& mine = this_lane();
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(mine.waits_for, sizeof mine.waits_for, format, arguments);
+  va_end(arguments);
+  mine.waits_at = where;
+  warp->ready &= ~this_bit();
+  warp->parked |= this_bit();
+  run_another_lane();
+}
+
+void unpark(Block& its_block, int its_thread) {
+  Warp& its_warp = its_block.warps[its_thread / kLanes];
+  const uint32_t bit = 1u << (its_thread % kLanes);
+  its_warp.parked &= ~bit;
+  its_warp.ready |= bit;
+}
+
 // ---- memory -------------------------------------------------------------------------------------------------------------------------
 
 void read_shared(uint32_t address, void* to, int bytes, Where where) { block->shared.read(thread, address, to, bytes, where); }
@@ -332,18 +330,21 @@ void write_shared(uint32_t address, const void* from, int bytes, Where where) {
 void read_shared_for_lane(int lane, uint32_t address, void* to, int bytes, Where where) {
   block->shared.read(thread / kLanes * kLanes + lane, address, to, bytes, where);
 }
+void write_shared_for_lane(int lane, uint32_t address, const void* from, int bytes, Where where) {
+  block->shared.write(thread / kLanes * kLanes + lane, address, from, bytes, where);
+}
 
 void read_global(const void* from, void* to, int bytes, Where where) {
-  check_global(from, bytes, false, where);
+  check_global(from, bytes, bytes, false, where);
   std::memcpy(to, from, bytes);
 }
 void write_global(void* to, const void* from, int bytes, Where where) {
-  check_global(to, bytes, true, where);
+  check_global(to, bytes, bytes, true, where);
   std::memcpy(to, from, bytes);
 }
 
 void begin_copy(uint32_t address, const void* from, int bytes, Where where) {
-  if (from) check_global(from, bytes, false, where);
+  if (from) check_global(from, bytes, bytes, false, where);
   block->shared.begin_copy(thread, address, bytes, where);
   this_lane().copies.push_back({address, from, bytes, this_lane().groups_committed, where});
 }
@@ -367,6 +368,7 @@ int run(const Launch& new_launch, void (*kernel)(const void* params), const void
   kernel_body = kernel;
   kernel_params = params;
   failed = false;
+  schedule = Random(launch->seed);
   const int resident = launch->resident_blocks < launch->grid ? launch->resident_blocks : launch->grid;
   Stacks stacks(static_cast<size_t>(resident) * launch->threads);
   std::vector<std::unique_ptr<Block>> blocks;

@@ -7,54 +7,82 @@ namespace {
 
 constexpr unsigned char kPoison = 0xff;
 constexpr int kGranule = 2;  // the smallest access that a kernel makes
+constexpr int kPiece = 16;
+constexpr int kGranulesOfPiece = kPiece / kGranule;
 
 int first_granule(uint32_t offset) { return static_cast<int>(offset / kGranule); }
 int end_granule(uint32_t offset, int bytes) { return static_cast<int>((offset + bytes) / kGranule); }
+int first_piece(uint32_t offset) { return static_cast<int>(offset / kPiece); }
+int end_piece(uint32_t offset, int bytes) { return static_cast<int>((offset + bytes + kPiece - 1) / kPiece); }
 
 }  // namespace
 
 void SharedMemory::reset(uint32_t bytes, int num_warps, bool detect_races) {
   bytes_.assign(bytes, kPoison);
   shadow_.assign(bytes / kGranule, Shadow());
-  warp_fence_.assign(num_warps, 0);
-  block_fence_ = clock_ = 0;
+  pieces_.clear();
+  readers_.clear();
+  unfenced_.assign(num_warps * kLanes, {});
+  accessor_.assign(num_warps, kNone);
+  known_.assign(num_warps, Knowledge());
+  block_fence_ = 0;
+  clock_ = 1;
   detect_races_ = detect_races;
 }
 
-unsigned char* SharedMemory::locate(uint32_t address, int bytes, Where where) {
+unsigned char* SharedMemory::locate(uint32_t address, int bytes, int alignment, Where where) {
   const uint32_t size = static_cast<uint32_t>(bytes_.size());
   const uint32_t offset = address - kSharedBase;  // wraps to a large number below the base
+  if (address % alignment != 0) fail(where, "shared access of %d bytes at offset %d is misaligned", bytes, static_cast<int>(offset));
   if (offset >= size || size - offset < static_cast<uint32_t>(bytes))
     fail(where, "shared access of %d bytes at offset %d; the block has %u bytes", bytes, static_cast<int>(offset), size);
-  if (address % bytes != 0) fail(where, "shared access of %d bytes at offset %u is misaligned", bytes, offset);
   return bytes_.data() + offset;
 }
 
-bool SharedMemory::is_ordered(const Access& earlier, int thread) const {
+SharedMemory::Access SharedMemory::access(int thread, Where where) const {
+  Access access;
+  access.extent = kOneLane;
+  access.file = where.file;
+  access.line = static_cast<uint16_t>(where.line);
+  access.thread = static_cast<uint16_t>(thread);
+  access.time = clock_;
+  return access;
+}
+
+bool SharedMemory::is_ordered(const Access& earlier, int thread, int granule) const {
   if (earlier.extent == kNobody || earlier.time < block_fence_) return true;
-  if (earlier.extent == kSeveralWarps || earlier.thread / kLanes != thread / kLanes) return false;
-  if (earlier.time < warp_fence_[thread / kLanes]) return true;
+  const Knowledge& known = known_[thread / kLanes];
+  if (earlier.extent == kSeveralWarps) {
+    const auto readers = readers_.find(granule);
+    if (readers == readers_.end()) return false;
+    for (size_t warp = 0; warp < known_.size(); ++warp)
+      if (readers->second[warp] >= known.until[warp]) return false;
+    return true;
+  }
+  if (earlier.time < known.until[earlier.thread / kLanes]) return true;
   return earlier.extent == kOneLane && earlier.thread == thread;
 }
 
 void SharedMemory::check_read(int thread, uint32_t offset, int bytes, Where where) {
+  const int warp = thread / kLanes;
   for (int granule = first_granule(offset); granule < end_granule(offset, bytes); ++granule) {
     Shadow& shadow = shadow_[granule];
     if (shadow.copies_under_way) fail_race("reads", "is being copied to", shadow.write, granule * kGranule, where);
-    if (!is_ordered(shadow.write, thread)) fail_race("reads", "was written", shadow.write, granule * kGranule, where);
+    if (shadow.is_barrier) fail_race("reads", "became a barrier", shadow.write, granule * kGranule, where);
+    if (!is_ordered(shadow.write, thread, granule)) fail_race("reads", "was written", shadow.write, granule * kGranule, where);
     Access& read = shadow.read;
-    if (read.extent == kNobody || read.time < block_fence_) {
-      read.extent = kOneLane;
-    } else if (read.thread / kLanes != thread / kLanes) {
-      read.extent = kSeveralWarps;
-    } else if (read.extent != kSeveralWarps) {
-      const bool alone = read.time < warp_fence_[thread / kLanes] || (read.extent == kOneLane && read.thread == thread);
-      read.extent = alone ? kOneLane : kLanesOfOneWarp;
+    uint16_t extent = kOneLane;
+    if (!is_ordered(read, thread, granule)) {
+      const int earlier_warp = read.thread / kLanes;
+      extent = read.extent == kSeveralWarps || earlier_warp != warp ? kSeveralWarps : kLanesOfOneWarp;
+      if (extent == kSeveralWarps && !pieces_.empty()) {
+        auto& readers = readers_[granule];
+        if (read.extent != kSeveralWarps) readers = {}, readers[earlier_warp] = read.time;
+        readers[warp] = clock_;
+      }
     }
-    read.file = where.file;
-    read.line = static_cast<uint16_t>(where.line);
-    read.thread = static_cast<uint16_t>(thread);
-    read.time = clock_;
+    read = access(thread, where);
+    read.extent = extent;
   }
 }
 
@@ -62,30 +90,49 @@ void SharedMemory::check_write(int thread, uint32_t offset, int bytes, Where whe
   for (int granule = first_granule(offset); granule < end_granule(offset, bytes); ++granule) {
     Shadow& shadow = shadow_[granule];
     if (shadow.copies_under_way) fail_race("writes", "is being copied to", shadow.write, granule * kGranule, where);
-    if (!is_ordered(shadow.write, thread)) fail_race("writes", "was written", shadow.write, granule * kGranule, where);
-    if (!is_ordered(shadow.read, thread)) fail_race("writes", "was read", shadow.read, granule * kGranule, where);
-    shadow.write.extent = kOneLane;
-    shadow.write.file = where.file;
-    shadow.write.line = static_cast<uint16_t>(where.line);
-    shadow.write.thread = static_cast<uint16_t>(thread);
-    shadow.write.time = clock_;
+    if (shadow.is_barrier) fail_race("writes", "became a barrier", shadow.write, granule * kGranule, where);
+    if (!is_ordered(shadow.write, thread, granule)) fail_race("writes", "was written", shadow.write, granule * kGranule, where);
+    if (!is_ordered(shadow.read, thread, granule)) fail_race("writes", "was read", shadow.read, granule * kGranule, where);
+    shadow.write = access(thread, where);
   }
 }
 
 void SharedMemory::read(int thread, uint32_t address, void* to, int bytes, Where where) {
-  const unsigned char* from = locate(address, bytes, where);
-  if (detect_races_) check_read(thread, address - kSharedBase, bytes, where);
+  const unsigned char* from = locate(address, bytes, bytes, where);
+  if (detect_races_) {
+    const uint32_t offset = address - kSharedBase;
+    note_accessor(thread);
+    check_read(thread, offset, bytes, where);
+    if (!pieces_.empty())
+      for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
+        const Piece& piece = pieces_[index];
+        if (piece.landings_under_way) fail_background("reads", "is being copied to", piece, index, where);
+        if (piece.landed >= known_[thread / kLanes].until[kCopyEngine])
+          fail_background("reads", "was copied to, with no wait for its barrier,", piece, index, where);
+      }
+  }
   std::memcpy(to, from, bytes);
 }
 
 void SharedMemory::write(int thread, uint32_t address, const void* from, int bytes, Where where) {
-  unsigned char* to = locate(address, bytes, where);
-  if (detect_races_) check_write(thread, address - kSharedBase, bytes, where);
+  unsigned char* to = locate(address, bytes, bytes, where);
+  if (detect_races_) {
+    const uint32_t offset = address - kSharedBase;
+    note_accessor(thread);
+    check_write(thread, offset, bytes, where);
+    if (!pieces_.empty())
+      for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
+        check_ordered_with_background(pieces_[index], thread, "writes", index, where);
+        pieces_[index].was_written = true;
+        ++pieces_[index].unfenced_writes;
+        unfenced_[thread].push_back(index);
+      }
+  }
   std::memcpy(to, from, bytes);
 }
 
 void SharedMemory::begin_copy(int thread, uint32_t address, int bytes, Where where) {
-  unsigned char* to = locate(address, bytes, where);
+  unsigned char* to = locate(address, bytes, bytes, where);
   const uint32_t offset = address - kSharedBase;
   if (detect_races_) {
     check_write(thread, offset, bytes, where);
@@ -96,19 +143,184 @@ void SharedMemory::begin_copy(int thread, uint32_t address, int bytes, Where whe
 }
 
 void SharedMemory::land_copy(int thread, uint32_t address, const void* from, int bytes, Where where) {
-  unsigned char* to = locate(address, bytes, where);
+  unsigned char* to = locate(address, bytes, bytes, where);
   const uint32_t offset = address - kSharedBase;
   if (detect_races_) {
     for (int granule = first_granule(offset); granule < end_granule(offset, bytes); ++granule)
       --shadow_[granule].copies_under_way;
+    note_accessor(thread);
     check_write(thread, offset, bytes, where);
   }
   std::memcpy(to, from, bytes);
 }
 
-void SharedMemory::fail_race(const char* verb, const char* earlier_verb, const Access& earlier, uint32_t offset, Where where) {
+// ---- the other way ------------------------------------------------------------------------------------------------------------------
+
+// Ordinary writes from before count as not fenced.
+void SharedMemory::begin_pieces() {
+  if (!pieces_.empty() || !detect_races_) return;
+  pieces_.resize((bytes_.size() + kPiece - 1) / kPiece);
+  for (size_t granule = 0; granule < shadow_.size(); ++granule) {
+    const Access& write = shadow_[granule].write;
+    if (write.extent == kNobody || shadow_[granule].is_barrier) continue;
+    const int index = static_cast<int>(granule) / kGranulesOfPiece;
+    pieces_[index].was_written = true;
+    ++pieces_[index].unfenced_writes;
+    unfenced_[write.thread].push_back(index);
+  }
+}
+
+void SharedMemory::check_ordered_with_background(const Piece& piece, int thread, const char* verb, int index, Where where) const {
+  if (piece.landings_under_way) fail_background(verb, "is being copied to", piece, index, where);
+  if (piece.reads_under_way) fail_background(verb, "has still to be read", piece, index, where);
+  const Knowledge& known = known_[thread / kLanes];
+  for (int warp = 0; warp < kMaxWarps; ++warp)
+    if (piece.reads[warp] >= known.until[background_of(warp)])
+      fail_background(verb, "was read, with no barrier in between,", piece, index, where);
+}
+
+void SharedMemory::begin_landing(int thread, uint32_t address, int bytes, Where where) {
+  begin_pieces();
+  unsigned char* to = locate(address, bytes, kPiece, where);
+  if (detect_races_) {
+    const uint32_t offset = address - kSharedBase;
+    for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
+      Piece& piece = pieces_[index];
+      check_ordered_with_background(piece, thread, "copies to", index, where);
+      if (piece.unfenced_writes)
+        fail_background("copies to, with a missing proxy fence,", "was last read or copied to", piece, index, where);
+      piece.was_written = false;
+      piece.where = where;
+      ++piece.landings_under_way;
+    }
+    check_write(thread, offset, bytes, where);
+    for (int granule = first_granule(offset); granule < end_granule(offset, bytes); ++granule) shadow_[granule].write = Access();
+  }
+  std::memset(to, kPoison, bytes);
+}
+
+void SharedMemory::land(uint32_t address, const void* from, int bytes) {
+  std::memcpy(bytes_.data() + (address - kSharedBase), from, bytes);
+}
+
+void SharedMemory::end_landing(uint32_t address, int bytes) {
+  if (!detect_races_) return;
+  const uint32_t offset = address - kSharedBase;
+  for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
+    --pieces_[index].landings_under_way;
+    pieces_[index].landed = clock_;
+  }
+}
+
+void SharedMemory::begin_background_read(int thread, uint32_t address, int bytes, Where where) {
+  begin_pieces();
+  locate(address, bytes, kPiece, where);
+  if (!detect_races_) return;
+  const uint32_t offset = address - kSharedBase;
+  for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
+    Piece& piece = pieces_[index];
+    if (piece.landings_under_way) fail_background("starts to read", "is being copied to", piece, index, where);
+    if (piece.landed >= known_[thread / kLanes].until[kCopyEngine])
+      fail_background("starts to read", "was copied to, with no wait for its barrier,", piece, index, where);
+    if (piece.was_written) {
+      const int begin = index * kGranulesOfPiece;
+      for (int granule = begin; granule < begin + kGranulesOfPiece; ++granule) {
+        const Access& write = shadow_[granule].write;
+        if (piece.unfenced_writes && write.extent != kNobody)
+          fail_race("starts to read, with a missing proxy fence,", "was written", write, granule * kGranule, where);
+        if (!is_ordered(write, thread, granule)) fail_race("starts to read", "was written", write, granule * kGranule, where);
+      }
+    }
+    piece.where = where;
+    ++piece.reads_under_way;
+  }
+}
+
+void SharedMemory::end_background_read(int warp, uint32_t address, int bytes) {
+  if (!detect_races_) return;
+  const uint32_t offset = address - kSharedBase;
+  for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
+    --pieces_[index].reads_under_way;
+    pieces_[index].reads[warp] = clock_;
+  }
+  known_[warp].until[background_of(warp)] = ++clock_;
+}
+
+void SharedMemory::peek(uint32_t address, void* to, int bytes) const {
+  std::memcpy(to, bytes_.data() + (address - kSharedBase), bytes);
+}
+
+void SharedMemory::fence_proxy(int thread) {
+  begin_pieces();
+  if (pieces_.empty()) return;
+  for (const int index : unfenced_[thread]) --pieces_[index].unfenced_writes;
+  unfenced_[thread].clear();
+}
+
+void SharedMemory::make_barrier(int thread, uint32_t address, int bytes, Where where) {
+  begin_pieces();
+  locate(address, bytes, bytes, where);
+  if (!detect_races_) return;
+  const uint32_t offset = address - kSharedBase;
+  note_accessor(thread);
+  check_write(thread, offset, bytes, where);
+  for (int granule = first_granule(offset); granule < end_granule(offset, bytes); ++granule) shadow_[granule].is_barrier = true;
+}
+
+void SharedMemory::check_barrier(int thread, uint32_t address, Where where) {
+  if (!detect_races_) return;
+  const uint32_t offset = address - kSharedBase;
+  const int granule = first_granule(offset);
+  if (!is_ordered(shadow_[granule].write, thread, granule))
+    fail_race("uses the barrier", "was made", shadow_[granule].write, offset, where);
+}
+
+// ---- knowledge ----------------------------------------------------------------------------------------------------------------------
+
+void SharedMemory::note_accessor(int thread) {
+  int& accessor = accessor_[thread / kLanes];
+  accessor = accessor == kNone || accessor == thread ? thread : kSeveral;
+}
+
+void SharedMemory::warp_barrier(int warp) {
+  known_[warp].until[warp] = ++clock_;
+  accessor_[warp] = kNone;
+}
+
+void SharedMemory::block_barrier() {
+  ++clock_;
+  Knowledge all;
+  for (const Knowledge& known : known_) all.join(known);
+  for (size_t warp = 0; warp < known_.size(); ++warp) all.until[warp] = clock_;
+  known_.assign(known_.size(), all);
+  accessor_.assign(accessor_.size(), kNone);
+  block_fence_ = clock_;
+}
+
+// Without a warp barrier a thread can only speak for itself.
+Knowledge SharedMemory::told_by_thread(int thread) {
+  const int warp = thread / kLanes;
+  Knowledge told = known_[warp];
+  ++clock_;
+  if (accessor_[warp] == kNone || accessor_[warp] == thread) told.until[warp] = clock_;
+  told.until[background_of(warp)] = clock_;
+  return told;
+}
+
+Knowledge SharedMemory::told_by_warp(int warp) {
+  warp_barrier(warp);
+  known_[warp].until[background_of(warp)] = clock_;
+  return known_[warp];
+}
+
+void SharedMemory::fail_race(const char* verb, const char* earlier_verb, const Access& earlier, uint32_t offset, Where where) const {
   fail(where, "race: this thread %s shared offset %u, which %s by warp %d lane %d at %s:%d with no barrier in between", verb,
        offset, earlier_verb, earlier.thread / kLanes, earlier.thread % kLanes, earlier.file, earlier.line);
+}
+
+void SharedMemory::fail_background(const char* verb, const char* what, const Piece& piece, int index, Where where) const {
+  fail(where, "race: this thread %s shared offset %d, which %s at %s:%d", verb, index * kPiece, what, piece.where.file,
+       piece.where.line);
 }
 
 }  // namespace twin

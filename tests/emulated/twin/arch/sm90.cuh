@@ -1,0 +1,119 @@
+// The host twin of kernels_cu/arch/sm90.cuh: the same names, on the machine of machine/.
+#pragma once
+
+#include "arch/common.cuh"
+
+namespace arch {
+
+constexpr int kWarpgroupSize = 128;
+
+DEVICE int warpgroup_index() { return twin::thread_index() / kWarpgroupSize; }
+
+// ---- barriers -----------------------------------------------------------------------------------------------------------------------
+
+DEVICE void barrier_init(SharedAddress barrier, int arrivals, Where where = {}) { twin::init_barrier(barrier, arrivals, where); }
+DEVICE void fence_barrier_init() { twin::fence_barrier_init(); }
+DEVICE void barrier_arrive(SharedAddress barrier, Where where = {}) { twin::arrive_at_barrier(barrier, 0, where); }
+DEVICE void barrier_arrive_expecting(SharedAddress barrier, int bytes, Where where = {}) {
+  twin::arrive_at_barrier(barrier, bytes, where);
+}
+DEVICE void barrier_wait(SharedAddress barrier, uint32 parity, Where where = {}) { twin::wait_for_phase(barrier, parity, where); }
+
+DEVICE void named_barrier_sync(int id, int threads, Where where = {}) { twin::named_barrier(id, threads, true, where); }
+DEVICE void named_barrier_arrive(int id, int threads, Where where = {}) { twin::named_barrier(id, threads, false, where); }
+
+// ---- tensor-map copies --------------------------------------------------------------------------------------------------------------
+
+DEVICE void prefetch(const TensorMap& map, Where where = {}) { twin::check_map(&map, where); }
+DEVICE void copy_box_to_shared(SharedAddress shared, const TensorMap& map, SharedAddress barrier, int column, int row, int head,
+                               int batch, Where where = {}) {
+  twin::copy_box_to_shared(shared, &map, barrier, column, row, head, batch, where);
+}
+DEVICE void copy_box_to_global(const TensorMap& map, SharedAddress shared, int column, int row, int head, int batch,
+                               Where where = {}) {
+  twin::copy_box_to_global(&map, shared, column, row, head, batch, where);
+}
+DEVICE void copy_to_global_commit() { twin::commit_boxes(); }
+DEVICE void copy_to_global_wait_read() { twin::wait_until_boxes_are_read(); }
+DEVICE void fence_async_proxy() { twin::fence_proxy(); }
+
+// ---- registers and matrices ---------------------------------------------------------------------------------------------------------
+
+template <int kRegisters>
+DEVICE void raise_registers(Where where = {}) {
+  twin::raise_registers(kRegisters, where);
+}
+template <int kRegisters>
+DEVICE void lower_registers(Where where = {}) {
+  twin::lower_registers(kRegisters, where);
+}
+
+struct MatrixStore {
+  SharedAddress address;
+  uint32 matrices[4];
+  Where where;
+};
+
+// Lane l gives the address of row l % 8 of matrix l / 8, and brings (row l / 4, columns 2 * (l % 4) and + 1) of each matrix.
+DEVICE void gather_matrices(MatrixStore* const* lanes) {
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    uint32 row[4];
+    for (int i = 0; i < 4; ++i) row[i] = lanes[lane % 8 * 4 + i]->matrices[lane / 8];
+    twin::write_shared_for_lane(lane, lanes[lane]->address, row, sizeof row, lanes[lane]->where);
+  }
+}
+DEVICE void store_matrix(SharedAddress address, uint32 m0, uint32 m1, uint32 m2, uint32 m3, Where where = {}) {
+  MatrixStore store{address, {m0, m1, m2, m3}, where};
+  twin::meet<MatrixStore, gather_matrices>("store_matrix", store, where);
+}
+
+// ---- warpgroup products -------------------------------------------------------------------------------------------------------------
+
+DEVICE void product_fence(Where where = {}) { twin::fence_products(where); }
+DEVICE void product_commit(Where where = {}) { twin::commit_products(where); }
+template <int kPending>
+DEVICE void product_wait(Where where = {}) {
+  twin::wait_for_products(kPending, where);
+}
+DEVICE void product_wait_here(int not_negative, Where where = {}) {
+  if (not_negative < 0) twin::fail(where, "product_wait_here(%d): a negative value skips the wait", not_negative);
+  twin::wait_for_products(0, where);
+}
+
+// The order of instructions here is that of the source.
+template <int kSize>
+DEVICE void pin(float (&)[kSize]) {}
+template <int kSize>
+DEVICE void pin(uint32 (&)[kSize]) {}
+
+struct ProductOperand {
+  uint32 low;
+
+  DEVICE ProductOperand(SharedAddress address, int chunk_stride)
+      : low((address >> 4) + (static_cast<uint32>(chunk_stride >> 4) << 16)) {}
+  DEVICE uint64 at(int bytes) const {
+    constexpr uint32 kHigh = (1024 >> 4) | (1u << 30);
+    return low + static_cast<uint32>(bytes >> 4) | static_cast<uint64>(kHigh) << 32;
+  }
+};
+
+template <class Element>
+constexpr bool is_float16 = false;
+template <>
+constexpr bool is_float16<Float16> = true;
+
+template <int kN, class Element>
+struct Product {
+  static_assert(kN % 16 == 0 && kN <= 256, "the device has these shapes");
+
+  static DEVICE void shared(float (&d)[kN / 2], uint64 a, uint64 b, bool accumulate, Where where = {}) {
+    twin::ProductLane lane{{a, b, kN, true, is_float16<Element>, accumulate, where}, d, nullptr};
+    twin::start_product(lane);
+  }
+  static DEVICE void registers(float (&d)[kN / 2], const uint32* a, uint64 b, Where where = {}) {
+    twin::ProductLane lane{{0, b, kN, false, is_float16<Element>, true, where}, d, a};
+    twin::start_product(lane);
+  }
+};
+
+}  // namespace arch

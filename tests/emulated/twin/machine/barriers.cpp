@@ -1,0 +1,204 @@
+#include "machine/barriers.h"
+
+#include "machine/block.h"
+
+namespace twin {
+namespace {
+
+constexpr int kBarrierBytes = 8;
+constexpr int kMaxArrivals = (1 << 20) - 1;
+constexpr int kRegistersOfBlock = 65536;
+constexpr int kLargestEntry = 248;  // registers of a thread at the start of a small block
+
+void wake(std::vector<int>& waiting) {
+  for (const int each : waiting) unpark(*block, each);
+  waiting.clear();
+}
+
+Mbarrier& find(uint32_t address, Where where) {
+  const auto found = block->barriers.in_shared_memory.find(address);
+  if (found == block->barriers.in_shared_memory.end())
+    fail(where, "there is no barrier at shared offset %d", static_cast<int>(address - kSharedBase));
+  block->shared.check_barrier(thread, address, where);
+  return found->second;
+}
+
+void end_phase_if_complete(Mbarrier& barrier) {
+  if (barrier.missing_arrivals > 0 || barrier.missing_bytes != 0) return;
+  ++barrier.phase;
+  barrier.missing_arrivals = barrier.arrivals_of_phase;
+  barrier.told = barrier.gathered;
+  barrier.gathered = Knowledge();
+  wake(barrier.waiting);
+}
+
+void arrive(Mbarrier& barrier, uint32_t address, int expected_bytes, Where where) {
+  if (barrier.missing_arrivals == 0)
+    fail(where, "one arrival too many in a phase of the barrier at shared offset %u, which is for %d", address - kSharedBase,
+         barrier.arrivals_of_phase);
+  --barrier.missing_arrivals;
+  barrier.missing_bytes += expected_bytes;
+  barrier.gathered.join(block->shared.told_by_thread(thread));
+  end_phase_if_complete(barrier);
+}
+
+struct Arrival {
+  int id;
+  int threads;
+  bool waits;
+  Where where;
+  uint32_t use = 0;  // of the barrier that was arrived at
+};
+
+void complete(NamedBarrier& barrier) {
+  for (const int each : barrier.waiting_warps) block->shared.learn(each, barrier.gathered);
+  barrier.waiting_warps.clear();
+  barrier.gathered = Knowledge();
+  barrier.arrived = 0;
+  ++barrier.use;
+  wake(barrier.waiting);
+}
+
+// All lanes of a warp together.
+void arrive_at_number(Arrival* const* lanes) {
+  const Arrival& mine = *lanes[0];
+  for (int lane = 1; lane < kLanes; ++lane)
+    if (lanes[lane]->id != mine.id || lanes[lane]->threads != mine.threads)
+      fail(mine.where, "lanes of a warp come to different named barriers: %d and %d", mine.id, lanes[lane]->id);
+  if (mine.id < 1 || mine.id > 15) fail(mine.where, "named barrier %d: 1 to 15 are free", mine.id);
+  if (mine.threads % kLanes != 0 || mine.threads <= 0) fail(mine.where, "a named barrier for %d threads", mine.threads);
+  NamedBarrier& barrier = block->barriers.by_number[mine.id];
+  if (barrier.arrived == 0) {
+    barrier.threads = mine.threads;
+    barrier.where = mine.where;
+  } else if (barrier.threads != mine.threads) {
+    fail(mine.where, "named barrier %d is for %d threads here, for %d at %s:%d", mine.id, mine.threads, barrier.threads,
+         barrier.where.file, barrier.where.line);
+  }
+  barrier.arrived += kLanes;
+  barrier.gathered.join(block->shared.told_by_warp(warp_index()));
+  if (mine.waits) barrier.waiting_warps.push_back(warp_index());
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane]->use = barrier.use;
+  if (barrier.arrived >= barrier.threads) complete(barrier);
+}
+
+struct Registers {
+  int count;
+  Where where;
+};
+
+// Whether the request is one, and what the warp holds.
+int& registers_of_warp(const Registers& wanted) {
+  if (wanted.count % 8 != 0 || wanted.count < 24 || wanted.count > 256)
+    fail(wanted.where, "%d registers: multiples of 8 from 24 to 256 can be asked for", wanted.count);
+  return block->registers.of_warp[warp_index()];
+}
+
+void give(Registers* const* lanes) {
+  const Registers& wanted = *lanes[0];
+  int& mine = registers_of_warp(wanted);
+  if (wanted.count > mine) fail(wanted.where, "lowers its registers from %d to %d", mine, wanted.count);
+  block->registers.free += (mine - wanted.count) * kLanes;
+  mine = wanted.count;
+  wake(block->registers.waiting);
+}
+
+void ask(Registers* const* lanes) {
+  const Registers& wanted = *lanes[0];
+  const int mine = registers_of_warp(wanted);
+  if (wanted.count < mine) fail(wanted.where, "raises its registers from %d to %d", mine, wanted.count);
+}
+
+}  // namespace
+
+// ---- mbarriers ----------------------------------------------------------------------------------------------------------------------
+
+void init_barrier(uint32_t address, int arrivals, Where where) {
+  if (arrivals < 1 || arrivals > kMaxArrivals) fail(where, "a barrier for %d arrivals", arrivals);
+  block->shared.make_barrier(thread, address, kBarrierBytes, where);
+  Mbarrier& barrier = block->barriers.in_shared_memory[address];
+  barrier = Mbarrier();
+  barrier.arrivals_of_phase = barrier.missing_arrivals = arrivals;
+  barrier.made_by = thread;
+}
+
+void fence_barrier_init() {
+  for (auto& [address, barrier] : block->barriers.in_shared_memory)
+    if (barrier.made_by == thread) barrier.engine_sees_it = true;
+}
+
+void arrive_at_barrier(uint32_t address, int expected_bytes, Where where) {
+  arrive(find(address, where), address, expected_bytes, where);
+}
+
+void wait_for_phase(uint32_t address, uint32_t parity, Where where) {
+  if (parity > 1) fail(where, "a phase of parity %u", parity);
+  for (;;) {
+    Mbarrier& barrier = find(address, where);
+    if ((barrier.phase & 1) != parity) {
+      block->shared.learn(warp_index(), barrier.told);
+      return;
+    }
+    barrier.waiting.push_back(thread);
+    park(where, "the end of phase %u of the barrier at shared offset %u, where %d of %d arrivals and %d bytes are missing",
+         barrier.phase, address - kSharedBase, barrier.missing_arrivals, barrier.arrivals_of_phase, barrier.missing_bytes);
+  }
+}
+
+Mbarrier& barrier_for_copy(uint32_t address, Where where) {
+  Mbarrier& barrier = find(address, where);
+  if (!barrier.engine_sees_it) fail(where, "the copy engine does not see this barrier: fence_barrier_init is missing");
+  return barrier;
+}
+
+void complete_bytes(Mbarrier& barrier, int bytes) {
+  barrier.missing_bytes -= bytes;
+  const Time now = block->shared.told_by_engine();
+  if (barrier.gathered.until[kCopyEngine] < now) barrier.gathered.until[kCopyEngine] = now;
+  end_phase_if_complete(barrier);
+}
+
+// ---- barriers of the hardware -------------------------------------------------------------------------------------------------------
+
+void named_barrier(int id, int threads, bool waits, Where where) {
+  Arrival arrival{id, threads, waits, where};
+  meet<Arrival, arrive_at_number>(waits ? "named_barrier_sync" : "named_barrier_arrive", arrival, where);
+  NamedBarrier& barrier = block->barriers.by_number[id];
+  while (waits && barrier.use == arrival.use) {
+    barrier.waiting.push_back(thread);
+    park(where, "named barrier %d, where %d of %d threads are missing", id, threads - barrier.arrived, threads);
+  }
+}
+
+// ---- registers ----------------------------------------------------------------------------------------------------------------------
+
+void RegisterPool::reset(int num_warps) {
+  const int threads = num_warps * kLanes;
+  const int entry = kRegistersOfBlock / threads / 8 * 8 < kLargestEntry ? kRegistersOfBlock / threads / 8 * 8 : kLargestEntry;
+  of_warp.assign(num_warps, entry);
+  free = 0;
+  waiting.clear();
+}
+
+void lower_registers(int count, Where where) {
+  Registers wanted{count, where};
+  meet<Registers, give>("lower_registers", wanted, where);
+}
+
+void raise_registers(int count, Where where) {
+  Registers wanted{count, where};
+  meet<Registers, ask>("raise_registers", wanted, where);
+  RegisterPool& pool = block->registers;
+  for (int& mine = pool.of_warp[warp_index()]; mine != count;) {
+    const int missing = (count - mine) * kLanes;
+    if (missing <= pool.free) {
+      pool.free -= missing;
+      mine = count;  // of all lanes
+    } else {
+      pool.waiting.push_back(thread);
+      park(where, "%d registers; %d are free", missing, pool.free);
+    }
+  }
+}
+
+}  // namespace twin
