@@ -14,7 +14,7 @@ from cuflash import dispatch
 from cuflash.arrays import Array, common_adapter
 from cuflash.backends import cuda_backend, numpy_tiles
 from cuflash.device import DeviceInfo
-from cuflash.plan import Plan, plan_backward, plan_forward
+from cuflash.plan import Plan, plan_passes
 from cuflash.problem import DTYPES, ITEMSIZE, Problem, check_backend_dtype
 
 
@@ -294,10 +294,10 @@ def backends() -> tuple[str, ...]:
     True
     """
     try:
-        DeviceInfo.current(0)
+        device = DeviceInfo.current(0)
     except RuntimeError:  # no CuPy, no driver, no device, or one older than Ampere
         return ("numpy",)
-    return ("numpy", "cuda", "sm80")
+    return ("numpy", "cuda", "sm80", "sm90") if device.has_wgmma else ("numpy", "cuda", "sm80")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -339,12 +339,11 @@ def explain(q: Array, k: Array, v: Array, *, device: str | None = None, **keywor
     problem = prepared.problem
     if device is not None:
         check_backend_dtype(problem.dtype, "cuda", cuda_backend.DTYPES)
-        plans = plan_forward(problem, DeviceInfo.named(device)), plan_backward(problem, DeviceInfo.named(device))
+        plans = plan_passes(problem, DeviceInfo.named(device))
         return Explanation(problem, plans, "\n".join(plan.explain() for plan in plans))
     if prepared.backend == "numpy":
         return Explanation(problem, (), _explain_host(problem))
-    info = DeviceInfo.current(prepared.device_index)
-    plans = plan_forward(problem, info), plan_backward(problem, info)
+    plans = plan_passes(problem, DeviceInfo.current(prepared.device_index))
     return Explanation(problem, plans, cuda_backend.explain(problem, prepared.device_index))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cuflash.device import MB, DeviceInfo
 from cuflash.problem import WIDEST_LOAD, ArraySpec, Problem
 from cuflash.tiles import TileRow, rounded_head_dim, row_for, tile_bytes
-from cuflash.tiles_sm90 import ForwardRow, forward_row
+from cuflash.tiles_sm90 import BackwardRow, ForwardRow, backward_row, forward_row
 
 ELEMENTS = {"bfloat16": "Bfloat16", "float16": "Float16"}
 ITEMSIZE = 2  # bytes of both
@@ -56,7 +56,7 @@ class Plan:
     device: DeviceInfo
     pass_: str
     steps: tuple[Step, ...]
-    tile: TileRow | ForwardRow
+    tile: TileRow | ForwardRow | BackwardRow
     workspace: Mapping[str, tuple[tuple[int, ...], str]]
     section_heads: int
     note: str | None = None
@@ -64,7 +64,7 @@ class Plan:
     @property
     def main_entry(self) -> str:
         """Entry point of the kernel that does the pass; a problem without elements never launches it."""
-        return f"{self.pass_}_{'sm90' if isinstance(self.tile, ForwardRow) else 'sm80'}"
+        return f"{self.pass_}_{'sm80' if isinstance(self.tile, TileRow) else 'sm90'}"
 
     @property
     def padded_seqlen_q(self) -> int:
@@ -154,7 +154,7 @@ def plan_forward(problem: Problem, device: DeviceInfo) -> Plan:
 
 
 def hopper_obstacle(problem: Problem, device: DeviceInfo) -> str | None:
-    """Why the Hopper forward cannot run a problem; None where it can.
+    """Why no Hopper kernel can run a problem; None where the forward can.
 
     The copy engine takes addresses and strides of multiples of 16 bytes, and reads rows that are absent by key padding.
     """
@@ -213,10 +213,13 @@ def plan_backward(problem: Problem, device: DeviceInfo) -> Plan:
     >>> problem = Problem.build({name: View.of(shape, "bfloat16") for name in "qkv"})
     >>> plan = plan_backward(problem, DeviceInfo.named("sm_90a"))
     >>> [step.spec.entry for step in plan.steps]
-    ['backward_prepare', 'backward_sm80', 'backward_finish']
+    ['backward_prepare', 'backward_sm90', 'backward_finish']
     """
-    if problem.kernels == "sm90":
-        raise NotImplementedError("backend is 'sm90', whose backward has not landed; None or 'sm80' runs it")
+    obstacle = hopper_backward_obstacle(problem, device)
+    if problem.kernels == "sm90" and obstacle:
+        raise NotImplementedError(f"backend is 'sm90', but {obstacle}; None or 'sm80' runs it")
+    if problem.kernels != "sm80" and not obstacle:
+        return _plan_backward_sm90(problem, device)
     layout = problem.layout
     tile = _tile(problem, device, "backward")
     config = _config(problem, tile)
@@ -230,36 +233,103 @@ def plan_backward(problem: Problem, device: DeviceInfo) -> Plan:
     ]
     if problem.sinks:
         steps.append(_step(device, "backward_sinks", config, problem.num_heads, tile))
-    rows = (layout.batch, problem.num_heads, q_blocks * tile.block_m)
-    workspace = {
-        "row_lse": (rows, "float32"),
-        "row_delta": (rows, "float32"),
-        "dq_accum": ((*rows, rounded_head_dim(problem.head_dim)), "float32"),
-    }
-    if problem.deterministic:
-        workspace["dq_turn"] = ((layout.batch, problem.num_heads, q_blocks), "int32")
     return Plan(
         problem=problem,
         device=device,
         pass_="backward",
         steps=_launchable(*steps),
         tile=tile,
-        workspace=workspace,
+        workspace=_backward_workspace(problem, tile.block_m, rounded_head_dim(problem.head_dim)),
+        section_heads=backward_section_heads(problem, device),
+        note=f"portable kernels: {obstacle}" if obstacle and device.has_wgmma else None,
+    )
+
+
+def hopper_backward_obstacle(problem: Problem, device: DeviceInfo) -> str | None:
+    """Why the Hopper backward cannot run a problem; None where it can."""
+    if obstacle := hopper_obstacle(problem, device):
+        return obstacle
+    if backward_row(problem.head_dim, problem.head_dim_v) is None:
+        return f"head_dim is {problem.head_dim} and head_dim_v {problem.head_dim_v}; its backward goes up to 128"
+    if problem.head_dim % (WIDEST_LOAD // ITEMSIZE):
+        return f"head_dim is {problem.head_dim}; rows of dk are no multiples of {WIDEST_LOAD} bytes"
+    if problem.dout is not None and problem.dout.alignment < WIDEST_LOAD:
+        return f"dout's address or strides are not multiples of {WIDEST_LOAD} bytes"
+    if problem.modifiers.softcap or problem.dropout is not None:
+        return "its backward has neither softcap nor dropout yet"
+    return None
+
+
+def _plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
+    layout = problem.layout
+    tile = backward_row(problem.head_dim, problem.head_dim_v)
+    config = _score_config(problem) | {
+        "head_dim": ("int", tile.head_dim),
+        "head_dim_v": ("int", tile.head_dim),
+        "block_m": ("int", tile.block_m),
+        "block_n": ("int", tile.block_n),
+        "num_warps": ("int", tile.num_warps),
+        "load_bytes": ("int", _load_bytes(problem, "backward")),
+        "store_bytes": ("int", _store_bytes(problem, "backward")),
+        "warpgroups": ("bool", True),
+        "deterministic": ("bool", problem.deterministic),
+    }
+    q_grid = _blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch
+    k_grid = _blocks(layout.seqlen_k, tile.block_n) * problem.num_kv_heads * layout.batch
+    helper_threads, dq_bytes = 32 * tile.num_warps, tile_bytes(tile.block_m, tile.head_dim)
+    steps = [
+        Step(_spec("backward_prepare", config, device.portable_arch), q_grid, helper_threads, 0, 1),
+        Step(_spec("backward_sm90", config, device.arch), k_grid, tile.threads, tile.shared_bytes, 1),
+        Step(_spec("backward_finish", config, device.portable_arch), q_grid, helper_threads, dq_bytes, 1),
+    ]
+    if problem.sinks:
+        spec = _spec("backward_sinks", config, device.portable_arch)
+        steps.append(Step(spec, problem.num_heads, SINKS_THREADS, SINKS_BYTES, 1))
+    return Plan(
+        problem=problem,
+        device=device,
+        pass_="backward",
+        steps=_launchable(*steps),
+        tile=tile,
+        workspace=_backward_workspace(problem, tile.block_m, tile.head_dim),
         section_heads=backward_section_heads(problem, device),
     )
+
+
+def _backward_workspace(problem: Problem, block_m: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Per-row values, dq in float32 and, for a repeatable sum, whose turn it is at every tile of dq."""
+    batch, blocks = problem.layout.batch, _blocks(problem.layout.seqlen_q, block_m)
+    rows = (batch, problem.num_heads, blocks * block_m)
+    workspace = {
+        "row_lse": (rows, "float32"),
+        "row_delta": (rows, "float32"),
+        "dq_accum": ((*rows, head_dim), "float32"),
+    }
+    if problem.deterministic:
+        workspace["dq_turn"] = ((batch, problem.num_heads, blocks), "int32")
+    return workspace
+
+
+def plan_passes(problem: Problem, device: DeviceInfo) -> tuple[Plan, ...]:
+    """Plan the forward and, unless the caller insists on kernels that have none for it, the backward."""
+    forward = plan_forward(problem, device)
+    if problem.kernels == "sm90" and hopper_backward_obstacle(problem, device):
+        return (forward,)
+    return forward, plan_backward(problem, device)
 
 
 # The fields of each kernel's Config: a kernel that does not depend on a choice is compiled once for all values of it.
 _SIZES = ("Element", "head_dim", "head_dim_v", "block_m", "block_n", "num_warps", "min_blocks", "num_stages")
 _WIDTHS = ("load_bytes", "store_bytes")
 _SCORES = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
-_DQ_TILE = ("Element", "head_dim", "block_m", "num_warps")
+_DQ_TILE = ("Element", "head_dim", "block_m", "num_warps", "warpgroups")
 _SCHEDULE = ("num_consumers", "own_out", "ping_pong", "lazy_rescale", "eighths_before_wait")
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
     "forward_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_SCHEDULE, *_SCORES, "sinks"),
     "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic"),
-    "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "deterministic"),
+    "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
+    "backward_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "deterministic"),
     "backward_finish": (*_DQ_TILE, "store_bytes"),
     "backward_sinks": (),
 }
@@ -286,6 +356,7 @@ def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
         "load_bytes": ("int", _load_bytes(problem, tile.pass_)),
         "store_bytes": ("int", _store_bytes(problem, tile.pass_)),
         "split_d": ("int", tile.split_d),
+        "warpgroups": ("bool", False),
         "deterministic": ("bool", problem.deterministic),
     }
 

@@ -15,6 +15,7 @@ WARPGROUP_THREADS = 128
 STAGES = 2
 BARRIER_BYTES = 8
 QUEUE_BYTES = 48  # tile::TileQueue of kernels_cu/tile/pipeline.cuh
+STATISTIC_SPACE = 1024  # one float per query, in steps in which tiles may start
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,46 @@ class ForwardRow:
         return f"{self.block_m}x{self.block_n}, " + ", ".join(schedule)
 
 
+@dataclass(frozen=True, slots=True)
+class BackwardRow:
+    """Tile sizes of backward_sm90.cu.
+
+    Attributes
+    ----------
+    head_dim : int
+        What head_dim and head_dim_v are both padded to: halves of a dq tile are 64 columns or 64 rows.
+    block_m : int
+        Queries of a block; the keys of a block are 128, two warpgroups of 64.
+    reason : str
+        The measurement that chose the row.
+    """
+
+    head_dim: int
+    block_m: int
+    reason: str
+
+    num_consumers = 2
+    block_n = WARPGROUP_ROWS * num_consumers
+    num_warps = 4 * num_consumers  # of the preparation and the conversion of dq, which share the order of registers
+    threads = WARPGROUP_THREADS * (num_consumers + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the layout at the top of backward_sm90.cu.
+
+        >>> backward_row(128, 128).shared_bytes // 1024
+        196
+        """
+        k_or_v, q_or_dout = tile_bytes(self.block_n, self.head_dim), tile_bytes(self.block_m, self.head_dim)
+        dq = 4 * self.block_m * self.head_dim
+        barriers = 2 * (1 + 2 * STAGES) * BARRIER_BYTES
+        stages = STAGES * (2 * (q_or_dout + STATISTIC_SPACE) + tile_bytes(self.block_m, self.block_n))
+        return 2 * k_or_v + stages + dq + barriers
+
+    def describe(self) -> str:
+        return f"{self.block_m}x{self.block_n}, {self.num_consumers} consumer warpgroups, head_dim {self.head_dim}"
+
+
 # fmt: off
 FORWARD = (
     #          D    Dv   longest causal heavy consumers n own_out ping_pong lazy eighths
@@ -100,6 +141,10 @@ FORWARD = (
     ForwardRow(256, 256, None, True,  True,  2, 64,  False, False, True,  0, "0.98 to 1.09; 80 keys: 0.90 to 1.05"),
     ForwardRow(256, 256, 512,  None,  True,  2, 64,  False, False, True,  0, "0.99; 80 keys: 0.96"),
     ForwardRow(256, 256, None, None,  True,  2, 80,  False, False, True,  0, "0.95 to 0.99; 64 keys: 0.95 to 0.96"),
+)
+BACKWARD = (
+    BackwardRow(64,  128, "1.14 to 1.32 of cuDNN"),
+    BackwardRow(128, 64,  "1.02 to 1.17 of cuDNN"),
 )
 # fmt: on
 
@@ -120,3 +165,12 @@ def forward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, causal: bool, 
         and row.causal in (None, causal)
         and (row.heavy or not heavy)
     )
+
+
+def backward_row(head_dim: int, head_dim_v: int) -> BackwardRow | None:
+    """Choose the first row that serves a problem; None where head_dim is too large for this kernel.
+
+    >>> backward_row(96, 64).head_dim
+    128
+    """
+    return next((row for row in BACKWARD if max(head_dim, head_dim_v) <= row.head_dim), None)

@@ -70,8 +70,7 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
   if constexpr (Config::deterministic) {
     if (arch::thread_index() == 0) {
       const tile::Band<Config> band(shape, sequence);
-      params.dq_turn[static_cast<int64>(batch * shape.num_heads + head) * (params.padded_seqlen_q / kBlockM) + m_block] =
-          band.template first_key_block<Config::block_n>(first_row);
+      *tile::turn_of<Config>(params, batch, head, m_block) = band.template first_key_block<Config::block_n>(first_row);
     }
   }
 }

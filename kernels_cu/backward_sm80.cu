@@ -47,24 +47,6 @@ constexpr int kStageBytes = kQueryBytes + tile::tile_bytes(kBlockM, Config::head
 constexpr int kScoreBytes = tile::tile_bytes(kBlockN, kBlockM);
 constexpr int kStatisticBytes = 2 * kBlockM * static_cast<int>(sizeof(float));
 
-// Where the work is: the heads of the group one after another, and each head's query blocks from the last to the first. In that
-// order a later key block never reaches a query block before an earlier one does, which the turns of dq rely on.
-struct Cursor {
-  int head;
-  int block;
-
-  DEVICE Cursor next(const tile::Range& blocks) const {
-    return block > blocks.begin ? Cursor{head, block - 1} : Cursor{head + 1, blocks.end - 1};
-  }
-};
-
-DEVICE tile::TileIndex tile_of(const Shape& shape) {
-  const int num_blocks = tile::ceil_divide(shape.seqlen_k, kBlockN);
-  if constexpr (Config::window_right)  // under a causal mask the first keys are seen by the most rows
-    return tile::longest_first(arch::block_index(), num_blocks, shape.num_kv_heads, shape.batch, shape.section_heads);
-  return tile::head_after_head(arch::block_index(), num_blocks, shape.num_kv_heads);
-}
-
 // Scores to probabilities, p = exp(s - lse). A query's log-sum-exp is in shared memory, base 2.
 template <int kSize>
 DEVICE void to_probabilities(float (&scores)[kSize], float unit, SharedAddress row_lse) {
@@ -95,7 +77,7 @@ DEVICE void to_score_gradients(float (&gradients)[kSize], const float (&probabil
 
 KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams params) {
   const Shape& shape = params.shape;
-  const tile::TileIndex index = tile_of(shape);
+  const tile::TileIndex index = tile::key_tile_of<Config>(shape, kBlockN);
   const int n_block = index.block, kv_head = index.head, batch = index.batch;
   const tile::Sequence sequence(shape, batch);
   const tile::Band<Config> band(shape, sequence);
@@ -109,7 +91,7 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
   const SharedAddress p_tile = ds_tile + (kSplit > 1 ? kScoreBytes : 0);
   const SharedAddress statistics = p_tile + kScoreBytes;
 
-  const auto load_stage = [&](int stage, const Cursor& at) {
+  const auto load_stage = [&](int stage, const tile::QueryCursor& at) {
     const int head = at.head, first_query = at.block * kBlockM;
     const SharedAddress q_tile = stages + stage * kStageBytes, row_lse = statistics + stage * kStatisticBytes;
     tile::load_tile<kBlockM, Config::head_dim, Config::load_bytes, kThreads>(
@@ -132,7 +114,7 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
     tile::clear(dv[s]);
   }
 
-  const Cursor first = {first_head, blocks.end - 1};
+  const tile::QueryCursor first = {first_head, blocks.end - 1};
   if (first.head < end_head) {
     tile::load_tile<kBlockN, Config::head_dim, Config::load_bytes, kThreads>(
         k_tile, tile::HeadRows<Element>(params.k, batch, kv_head), first_key, sequence.seqlen_k, shape.head_dim);
@@ -143,7 +125,7 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
 
   int stage = 0;
 #pragma unroll 1
-  for (Cursor here = first, next = here.next(blocks); here.head < end_head; here = next, next = here.next(blocks)) {
+  for (tile::QueryCursor here = first, next = here.next(blocks); here.head < end_head; here = next, next = here.next(blocks)) {
     arch::copy_async_wait<0>();
     arch::block_barrier();  // this block has arrived for all warps, and all warps are done with the previous one
     const int head = here.head, m_block = here.block;
@@ -213,7 +195,7 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
     float* accumulator = Share::accumulator(params, batch, head, m_block);
     int* turn = nullptr;
     if constexpr (Config::deterministic) {
-      turn = params.dq_turn + static_cast<int64>(batch * shape.num_heads + head) * (params.padded_seqlen_q / kBlockM) + m_block;
+      turn = tile::turn_of<Config>(params, batch, head, m_block);
       if (arch::thread_index() == 0) arch::wait_for_turn(turn, n_block);
       arch::block_barrier();
     }
@@ -221,7 +203,7 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
     for (int s = 0; s < Share::kSlabs; ++s)
 #pragma unroll
       for (int i = 0; i < Share::kColumns / 2; ++i)
-        arch::reduce_add(accumulator + (s * (Share::kColumns / 2) + i) * kThreads, dq[s][i]);
+        arch::reduce_add(accumulator + Share::offset(s, i), dq[s][i]);
     if constexpr (Config::deterministic) {
       arch::memory_fence();
       arch::block_barrier();
@@ -245,7 +227,7 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
 
   arch::block_barrier();  // k and v have been read: their places are free for dk and dv
   // Worked out anew: fewer registers through the loop.
-  const tile::TileIndex done = tile_of(shape);
+  const tile::TileIndex done = tile::key_tile_of<Config>(shape, kBlockN);
   const int present_keys = tile::Sequence(shape, done.batch).seqlen_k;
   const int tile_key = done.block * kBlockN;
 #pragma unroll

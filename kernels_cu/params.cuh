@@ -82,3 +82,9 @@ struct BackwardParams {
   Score score;
   DropoutKey dropout;
 };
+
+// The preparation and the conversion of dq take the `common` part alone.
+struct BackwardSm90Params {
+  TensorMap q, k, v, dout, dk, dv;
+  BackwardParams common;
+};

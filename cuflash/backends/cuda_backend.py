@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from cuflash.cuda import module
 from cuflash.cuda.launch import Launch
 from cuflash.device import DeviceInfo, require_cupy
-from cuflash.plan import Plan, plan_backward, plan_forward
+from cuflash.plan import Plan, plan_backward, plan_forward, plan_passes
 from cuflash.problem import Problem, View, check_backend_dtype
 
 DTYPES = ("float16", "bfloat16")
@@ -55,8 +55,8 @@ def backward(
 
 
 def explain(problem: Problem, device_index: int) -> str:
-    """Describe the forward and the backward: kernels, tiles, grids, registers of loaded kernels, occupancy, floors."""
-    plans = _plans(problem, device_index)
+    """Describe what runs of both passes: kernels, tiles, grids, registers of loaded kernels, occupancy, floors."""
+    plans = plan_passes(problem, DeviceInfo.current(device_index))
     registers = {
         step.spec.entry: kernel.registers
         for plan in plans
@@ -68,15 +68,10 @@ def explain(problem: Problem, device_index: int) -> str:
 
 def warmup(problem: Problem, device_index: int, backward: bool = True) -> None:
     """Compile and load, in parallel, what the forward and, if asked, the backward launch."""
-    plans = _plans(problem, device_index)[: 2 if backward else 1]
+    plans = plan_passes(problem, DeviceInfo.current(device_index))[: 2 if backward else 1]
     specs = {step.spec for plan in plans for step in plan.steps}
     for _ in module.load_all(specs, device_index):
         pass
-
-
-def _plans(problem: Problem, device_index: int) -> tuple[Plan, Plan]:
-    device = DeviceInfo.current(device_index)
-    return plan_forward(problem, device), plan_backward(problem, device)
 
 
 _launches: dict[tuple[Planner, Problem, int], Launch] = {}  # single reads and writes only, so threads need no lock

@@ -77,6 +77,14 @@ _PADDING = -_BEHIND_MAPS.itemsize % tensor_map.ALIGNMENT  # the struct is as ali
 FORWARD_SM90_PARAMS = np.dtype(
     [*_MAPS, ("lse", POINTER), ("tile_counter", POINTER), *_COMMON, ("padding", np.dtype(("V", _PADDING)))], align=True
 )
+BACKWARD_SM90_PARAMS = np.dtype(
+    [
+        *((name, TENSOR_MAP) for name in ("q", "k", "v", "dout", "dk", "dv")),
+        ("common", BACKWARD_PARAMS),
+        ("padding", np.dtype(("V", -BACKWARD_PARAMS.itemsize % tensor_map.ALIGNMENT))),
+    ],
+    align=True,
+)
 STRUCTS = {
     "Rows": ROWS,
     "Shape": SHAPE,
@@ -85,11 +93,13 @@ STRUCTS = {
     "ForwardParams": FORWARD_PARAMS,
     "BackwardParams": BACKWARD_PARAMS,
     "ForwardSm90Params": FORWARD_SM90_PARAMS,
+    "BackwardSm90Params": BACKWARD_SM90_PARAMS,
 }
 PARAMS = {  # by a plan's main kernel
     "forward_sm80": FORWARD_PARAMS,
     "forward_sm90": FORWARD_SM90_PARAMS,
     "backward_sm80": BACKWARD_PARAMS,
+    "backward_sm90": BACKWARD_SM90_PARAMS,
 }
 MAX_MAPS = 64  # tensor maps remembered per operand of a launch: frameworks hand out the same addresses again and again
 OPERANDS_IN_STRUCTS = {
@@ -107,7 +117,8 @@ _put_seed = struct.Struct("<QI").pack_into  # seed_low and seed_high are the hal
 def constants(plan: Plan) -> bytes:
     """Return the parameter struct of a plan without addresses, strides and seed: those belong to a call."""
     problem, layout, mask = plan.problem, plan.problem.layout, plan.problem.mask
-    params = np.zeros((), PARAMS[plan.main_entry])
+    struct = np.zeros((), PARAMS[plan.main_entry])
+    params = struct["common"] if "common" in struct.dtype.names else struct
     for name, value in {
         "batch": layout.batch,
         "num_heads": problem.num_heads,
@@ -131,7 +142,7 @@ def constants(plan: Plan) -> bytes:
         params["dropout"]["scale"] = problem.dropout.scale
     if plan.pass_ == "backward":
         params["padded_seqlen_q"] = plan.padded_seqlen_q
-    return params.tobytes()
+    return struct.tobytes()
 
 
 class Launch:
@@ -159,7 +170,8 @@ class Launch:
             if step.shared_bytes:
                 attribute = cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 cuda.driver.funcSetAttribute(kernel.handle, attribute, step.shared_bytes)
-            self._launches.append((kernel.handle, step.grid, 1, 1, step.threads, 1, 1, step.shared_bytes))
+            launch = (kernel.handle, step.grid, 1, 1, step.threads, 1, 1, step.shared_bytes)
+            self._launches.append((launch, step.spec.entry == plan.main_entry))
         self.workspace_floats = _workspace_floats(plan)
 
     def __call__(self, views: Mapping[str, View], workspace: int, dropout: Dropout | None, stream: int) -> None:
@@ -170,7 +182,7 @@ class Launch:
         try:
             parameters = self._free.pop()
         except IndexError:
-            parameters = _Parameters(len(self._constants))
+            parameters = _Parameters(len(self._constants), self._offsets.common)
         struct_bytes, offsets = parameters.bytes, self._offsets
         struct_bytes[:] = self._constants
         for name, offset in offsets.rows:
@@ -191,21 +203,27 @@ class Launch:
         # A thread that has not used the CUDA runtime yet has no context, and the driver launches nothing without one.
         if not self._context():
             self._bind_context(self._device_index)
-        for launch in self._launches:
-            self._launch_kernel(*launch, stream, parameters.arguments, 0)
+        for launch, takes_all in self._launches:
+            self._launch_kernel(*launch, stream, parameters.whole if takes_all else parameters.common, 0)
         self._free.append(parameters)
 
 
 class _Parameters:
-    """The bytes of one parameter struct at a fixed address. A call owns one: a launch releases the interpreter lock."""
+    """The bytes of one parameter struct at a fixed address. A call owns one: a launch releases the interpreter lock.
 
-    __slots__ = ("_argument", "_pinned", "arguments", "bytes")
+    ``whole`` and ``common`` are the kernelParams of cuLaunchKernel, a pointer to a pointer to the one argument: the
+    struct, or the part of it that the kernels around the main one take.
+    """
 
-    def __init__(self, size: int) -> None:
+    __slots__ = ("_arguments", "_pinned", "bytes", "common", "whole")
+
+    def __init__(self, size: int, common_offset: int) -> None:
         self.bytes = bytearray(size)
         self._pinned = (ctypes.c_char * size).from_buffer(self.bytes)
-        self._argument = ctypes.c_void_p(ctypes.addressof(self._pinned))
-        self.arguments = ctypes.addressof(self._argument)  # kernelParams of cuLaunchKernel: one pointer to one argument
+        start = ctypes.addressof(self._pinned)
+        self._arguments = (ctypes.c_void_p * 2)(start, start + common_offset)
+        self.whole = ctypes.addressof(self._arguments)
+        self.common = self.whole + ctypes.sizeof(ctypes.c_void_p)
 
 
 class _Map:
@@ -213,8 +231,9 @@ class _Map:
 
     def __init__(self, name: str, offset: int, plan: Plan) -> None:
         self._name, self._slice = name, slice(offset, offset + tensor_map.BYTES)
-        # The output is stored by each warpgroup for itself, everything else is loaded by the tile.
-        self._rows = {"q": plan.tile.block_m, "out": WARPGROUP_ROWS}.get(name, plan.tile.block_n)
+        # Results are stored by each warpgroup for itself, everything else is loaded by the tile.
+        loaded = {"q": plan.tile.block_m, "dout": plan.tile.block_m, "k": plan.tile.block_n, "v": plan.tile.block_n}
+        self._rows = loaded.get(name, WARPGROUP_ROWS)
         self._encoded: dict[int, bytes] = {}
 
     def put(self, struct_bytes: bytearray, views: Mapping[str, View]) -> None:
@@ -228,13 +247,21 @@ class _Map:
 
 
 class _Offsets:
-    """Where operands go in a parameter struct: ``rows`` with strides, ``maps`` encoded, ``pointers`` alone."""
+    """Where operands go in a parameter struct: ``rows`` with strides, ``maps`` encoded, ``pointers`` alone.
+
+    ``common`` is where the part of the struct that every kernel of the pass takes begins; its fields count as the
+    struct's own.
+    """
 
     def __init__(self, params: np.dtype) -> None:
-        fields = {name: (params.fields[name][0], params.fields[name][1]) for name in params.names}
+        fields = {name: params.fields[name][:2] for name in params.names}
+        self.maps = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == TENSOR_MAP]
+        self.common = 0
+        if "common" in fields:
+            inner, self.common = fields["common"]
+            fields = {name: (inner.fields[name][0], self.common + inner.fields[name][1]) for name in inner.names}
         self.of = {name: offset for name, (_, offset) in fields.items()}
         self.rows = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == ROWS]
-        self.maps = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == TENSOR_MAP]
         self.pointers = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == POINTER]
         for name, (outer, inner) in OPERANDS_IN_STRUCTS.items():
             self.pointers.append((name, self.of[outer] + fields[outer][0].fields[inner][1]))

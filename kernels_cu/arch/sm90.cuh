@@ -53,9 +53,26 @@ DEVICE void copy_box_to_global(const TensorMap& map, SharedAddress shared, int c
                "r"(shared), "r"(column), "r"(row), "r"(head), "r"(batch)
                : "memory");
 }
+// Copies `bytes` (a multiple of 16, as are the addresses) between global and shared memory as they are.
+DEVICE void copy_bytes_to_shared(SharedAddress shared, const void* global, int bytes, SharedAddress barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// Adds floats in shared memory to floats in global memory.
+DEVICE void add_floats_to_global(float* global, SharedAddress shared, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
+               "r"(bytes)
+               : "memory");
+}
 DEVICE void copy_to_global_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until this thread's committed copies have read shared memory.
-DEVICE void copy_to_global_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Waits until at most kPending of this thread's committed groups of copies have yet to read shared memory.
+template <int kPending = 0>
+DEVICE void copy_to_global_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Waits until they are visible in global memory.
+DEVICE void copy_to_global_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Makes this thread's ordinary writes to shared memory visible to copies and warpgroup products, which go another way.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -75,6 +92,16 @@ DEVICE void store_matrix(SharedAddress address, uint32 m0, uint32 m1, uint32 m2,
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0), "r"(m1), "r"(m2),
                "r"(m3)
                : "memory");
+}
+
+// The transposes of four 8x8 matrices.
+DEVICE void store_matrix_transposed(SharedAddress address, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0), "r"(m1),
+               "r"(m2), "r"(m3)
+               : "memory");
+}
+DEVICE void store_shared(SharedAddress address, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
 // ---- warpgroup products: asynchronous; accumulators and register operands must not be touched until waited for -----------------------
@@ -123,8 +150,9 @@ struct ProductOperand {
 };
 
 // Product<kN, Element>: d (64 x kN, kN / 2 registers a thread) (+)= a (64 x 16) . b (16 x kN), float32 accumulation.
-//   shared:    a and b in shared memory, the contraction along the columns of both
-//   registers: a in four registers, the contraction along the rows of b
+//   shared:      a and b in shared memory, the contraction along the columns of both
+//   shared_rows: a and b in shared memory, the contraction along the columns of a and the rows of b
+//   registers:   a in four registers, the contraction along the rows of b
 template <int kN, class Element>
 struct Product;
 
@@ -172,6 +200,12 @@ struct Product;
     static DEVICE void shared(float (&d)[count], uint64 a, uint64 b, bool accumulate) {                                   \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n                  \
                    "k16.f32." type "." type " {" PRODUCT_TEXT_##count "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"          \
+                   : PRODUCT_LIST_##count(d)                                                                              \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                  \
+    }                                                                                                                     \
+    static DEVICE void shared_rows(float (&d)[count], uint64 a, uint64 b, bool accumulate) {                              \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n                  \
+                   "k16.f32." type "." type " {" PRODUCT_TEXT_##count "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 1;\n}"          \
                    : PRODUCT_LIST_##count(d)                                                                              \
                    : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                  \
     }                                                                                                                     \

@@ -7,15 +7,24 @@
 
 namespace tile {
 
-// The part of a dq tile (block_m x head_dim) that a warp owns: slabs of rows by a range of columns.
+// Whose turn it is to add to a dq tile: key blocks add one after another where the sum is to be repeatable.
+template <class Config>
+DEVICE int* turn_of(const BackwardParams& params, int batch, int head, int m_block) {
+  const int64 pair = static_cast<int64>(batch) * params.shape.num_heads + head;
+  return params.dq_turn + pair * (params.padded_seqlen_q / Config::block_m) + m_block;
+}
+
+// The part of a dq tile (block_m x head_dim) that a warp owns: slabs of rows by a range of columns; and where the accumulator has
+// each register of a slab.
 template <class Config>
 struct DqShare {
   static constexpr int kSlabBlocks = Config::block_m / kSlabRows;
-  // Nearly square parts read the fewest operands: four warps side by side where head_dim divides and registers allow, else two;
-  // more where there are fewer slabs than warps above each other.
+  // Warpgroups split a tile of 64 rows by columns, one of 128 by rows. On mma.sync nearly square parts read the fewest operands:
+  // four warps side by side where head_dim divides and registers allow, else two; more where slabs are fewer than warps.
   static constexpr int kPreferred = Config::num_warps == 8 && (Config::head_dim == 64 || Config::head_dim == 128) ? 4 : 2;
   static constexpr int kLeast = Config::num_warps / kSlabBlocks;
-  static constexpr int kWarpsN = kPreferred > kLeast ? kPreferred : kLeast;
+  static constexpr int kWarpsN =
+      Config::warpgroups ? Config::num_warps / kSlabBlocks : kPreferred > kLeast ? kPreferred : kLeast;
   static constexpr int kWarpsM = Config::num_warps / kWarpsN;
   static constexpr int kSlabs = kSlabBlocks / kWarpsM;
   static constexpr int kColumns = Config::head_dim / kWarpsN;
@@ -26,17 +35,25 @@ struct DqShare {
   static DEVICE int row() { return arch::warp_index() % kWarpsM * kSlabs * kSlabRows; }
   static DEVICE int column() { return arch::warp_index() / kWarpsM * kColumns; }
 
-  static DEVICE void clear(const BackwardParams& params, int batch, int head, int m_block) {
-    const int64 row = statistic_offset(params.shape, batch, head, params.padded_seqlen_q, m_block * Config::block_m);
-    float4* accumulator = reinterpret_cast<float4*>(params.dq_accum + row * Config::head_dim) + arch::thread_index();
-#pragma unroll
-    for (int i = 0; i < Config::block_m * Config::head_dim / 4; i += kThreads) accumulator[i] = {0.f, 0.f, 0.f, 0.f};
-  }
-
-  // This thread's first float in the accumulator of a tile; the next ones follow at distance kThreads.
+  // The accumulator of a tile.
   static DEVICE float* accumulator(const BackwardParams& params, int batch, int head, int m_block) {
     const int64 row = statistic_offset(params.shape, batch, head, params.padded_seqlen_q, m_block * Config::block_m);
-    return params.dq_accum + row * Config::head_dim + arch::thread_index();
+    return params.dq_accum + row * Config::head_dim;
+  }
+  // Element i of slab s. Threads side by side; on Hopper four elements of a thread together, and warpgroup after warpgroup.
+  static DEVICE int offset(int s, int i) {
+    const int thread = arch::thread_index();
+    if constexpr (Config::warpgroups) {
+      constexpr int kGroup = 128;
+      return thread / kGroup * (kGroup * kColumns / 2) + (i / 4 * kGroup + thread % kGroup) * 4 + i % 4;
+    }
+    return (s * (kColumns / 2) + i) * kThreads + thread;
+  }
+
+  static DEVICE void clear(const BackwardParams& params, int batch, int head, int m_block) {
+    float4* floats = reinterpret_cast<float4*>(accumulator(params, batch, head, m_block)) + arch::thread_index();
+#pragma unroll
+    for (int i = 0; i < Config::block_m * Config::head_dim / 4; i += kThreads) floats[i] = {0.f, 0.f, 0.f, 0.f};
   }
 };
 

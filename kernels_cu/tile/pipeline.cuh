@@ -10,7 +10,7 @@ namespace tile {
 
 constexpr int kBarrierBytes = 8;
 
-template <int kStages, int kStageBytes>
+template <int kStages, int kStageBytes, int kFillBytes = kStageBytes>
 struct Pipeline {
   static constexpr int kBytes = kStages * kStageBytes;
   static constexpr int kBarriersBytes = 2 * kStages * kBarrierBytes;
@@ -30,7 +30,7 @@ struct Pipeline {
   // Producer: waits until the buffer is free and announces its bytes. Returns the barrier for the copies.
   DEVICE SharedAddress begin_fill(uint32 use) const {
     arch::barrier_wait(empty(use % kStages), (use / kStages & 1) ^ 1);
-    arch::barrier_arrive_expecting(full(use % kStages), kStageBytes);
+    arch::barrier_arrive_expecting(full(use % kStages), kFillBytes);
     return full(use % kStages);
   }
   // Consumer: waits until the buffer has been filled.

@@ -1,6 +1,7 @@
 // Which tile a CTA works on. Grids are one-dimensional: grid dimensions y and z are limited to 65535.
 #pragma once
 
+#include "tile/mask.cuh"
 #include "tile/sequence.cuh"
 
 namespace tile {
@@ -26,6 +27,27 @@ DEVICE TileIndex longest_first(int index, int num_blocks, int num_heads, int bat
   const int position = index - first_pair * num_blocks;
   const int pair = first_pair + position % pairs;
   return {position / pairs, pair % num_heads, pair / num_heads};
+}
+
+// Where the backward's work on a key block is: the heads of the group one after another, and each head's query blocks from the
+// last to the first. In that order a later key block never reaches a query block before an earlier one does, which the turns of
+// dq rely on.
+struct QueryCursor {
+  int head;
+  int block;
+
+  DEVICE QueryCursor next(const Range& blocks) const {
+    return block > blocks.begin ? QueryCursor{head, block - 1} : QueryCursor{head + 1, blocks.end - 1};
+  }
+};
+
+// The key block of a CTA of the backward: under a causal mask the first keys are seen by the most rows.
+template <class Config>
+DEVICE TileIndex key_tile_of(const Shape& shape, int block_n) {
+  const int num_blocks = ceil_divide(shape.seqlen_k, block_n);
+  if constexpr (Config::window_right)
+    return longest_first(arch::block_index(), num_blocks, shape.num_kv_heads, shape.batch, shape.section_heads);
+  return head_after_head(arch::block_index(), num_blocks, shape.num_kv_heads);
 }
 
 }  // namespace tile

@@ -45,6 +45,32 @@ DEVICE void start_registers(float (&slab)[kColumns / 2], uint32 (&operand)[kRows
   arch::pin(operand);
 }
 
+// slab = A[row_a ..][0 .. kDepth) . B[0 .. kDepth)[64 chunk_b ..]: the contraction along the columns of A and the rows of B.
+template <class Element, int kColumns, int kDepth, int kRowsA, int kRowsB>
+DEVICE void start_tiles(float (&slab)[kColumns / 2], SharedAddress a, int row_a, SharedAddress b, int chunk_b) {
+  const arch::ProductOperand operand_a(a + row_a * kChunkRowBytes, 16);
+  const arch::ProductOperand operand_b(b + chunk_b * kRowsB * kChunkRowBytes, kRowsB * kChunkRowBytes);
+  arch::pin(slab);
+  arch::product_fence();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k)
+    arch::Product<kColumns, Element>::shared_rows(slab, operand_a.at(column_block_bytes<kRowsA>(k)),
+                                                  operand_b.at(k * 16 * kChunkRowBytes), k > 0);
+  arch::product_commit();
+  arch::pin(slab);
+}
+
+// Writes a packed slab (fragment.cuh: to_operand) transposed: its rows to columns column .. column + 15 of a tile, its columns
+// to the tile's rows from 0 on.
+template <int kRows, int kSize>
+DEVICE void store_operand_transposed(SharedAddress tile, int column, const uint32 (&operand)[kSize]) {
+  const uint32 lane = arch::lane_index();
+#pragma unroll
+  for (int t = 0; t < kSize / 4; ++t)
+    arch::store_matrix_transposed(tile + swizzled_offset<kRows>(16 * t + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8),
+                                  operand[4 * t], operand[4 * t + 1], operand[4 * t + 2], operand[4 * t + 3]);
+}
+
 // Writes the slab of a warp to rows row .. row + 15 of a tile, each of the thread's two rows multiplied by its factor; a row that
 // is not kept becomes zero. Like epilogue.cuh: stage_slab, four 8x8 matrices at a time.
 template <class Element, int kRows, int kSize>

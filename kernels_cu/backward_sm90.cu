@@ -1,0 +1,303 @@
+// Backward attention on Hopper (sm_90a): one CTA computes dk and dv of 128 keys of one key/value head, and adds its part of dq for
+// every query block that sees them. A producer warp copies q and dout by tensor map, two consumer warpgroups of 64 keys each
+// multiply with wgmma, and a store warp adds their parts of dq to the float32 accumulator in global memory.
+//
+// Shared memory:  k [128][head_dim]  v [128][head_dim_v]
+//              |  2 x { q [block_m][head_dim]  row_lse [block_m] }  |  2 x { dout [block_m][head_dim_v]  row_delta [block_m] }
+//              |  2 x ds [block_m][128]  |  dq, float32, block_m * head_dim in register order  |  barriers
+// dk and dv are staged where k and v were.
+//
+// Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the registers as left operands of dV = P^T dO and
+// dK = dS^T Q. Only dQ = dS K needs the dS of both warpgroups, through shared memory: each computes half of dQ, the columns of
+// one 64-column chunk (block_m 64) or 64 rows (block_m 128).
+#include "arch/sm90.cuh"
+#include "tile/dropout.cuh"
+#include "tile/gradient.cuh"
+#include "tile/mask.cuh"
+#include "tile/modifier.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/scheduler.cuh"
+#include "tile/warpgroup.cuh"
+
+namespace {
+
+using Element = Config::Element;
+using tile::KeyRows;
+
+constexpr int kConsumers = 2;
+constexpr int kBlockM = Config::block_m, kBlockN = kConsumers * tile::kWarpgroupRows;
+constexpr int kThreads = (kConsumers + 1) * arch::kWarpgroupSize;
+constexpr int kReaders = kConsumers * arch::kWarpgroupSize / kWarpSize;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+static_assert(kBlockM == 64 ? Config::head_dim == 128 : kBlockM == 128 && Config::head_dim == 64, "halves of dq are 64 wide");
+
+constexpr int kStatisticBytes = kBlockM * static_cast<int>(sizeof(float));
+constexpr int kStatisticSpace = 1024;  // tiles start at multiples of it
+constexpr int kQueryBytes = tile::tile_bytes(kBlockM, Config::head_dim), kDoutBytes = tile::tile_bytes(kBlockM, Config::head_dim_v);
+constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueBytes = tile::tile_bytes(kBlockN, Config::head_dim_v);
+using KeysAndValues = tile::Pipeline<1, kKeyBytes + kValueBytes>;
+using Queries = tile::Pipeline<2, kQueryBytes + kStatisticSpace, kQueryBytes + kStatisticBytes>;
+using Douts = tile::Pipeline<2, kDoutBytes + kStatisticSpace, kDoutBytes + kStatisticBytes>;
+constexpr int kDsBytes = tile::tile_bytes(kBlockM, kBlockN);
+constexpr int kDqHalf = kBlockM * Config::head_dim / kConsumers;  // floats of dq of a consumer
+constexpr int kDqRegisters = kDqHalf / arch::kWarpgroupSize;
+
+struct Shared {
+  KeysAndValues kv;
+  Queries q;
+  Douts dout;
+  SharedAddress ds, dq;
+
+  DEVICE Shared() {
+    kv.data = arch::shared_base();
+    q.data = kv.data + KeysAndValues::kBytes;
+    dout.data = q.data + Queries::kBytes;
+    ds = dout.data + Douts::kBytes;
+    dq = ds + 2 * kDsBytes;
+    kv.barriers = dq + kConsumers * kDqHalf * static_cast<int>(sizeof(float));
+    q.barriers = kv.barriers + KeysAndValues::kBarriersBytes;
+    dout.barriers = q.barriers + Queries::kBarriersBytes;
+  }
+  DEVICE SharedAddress keys() const { return kv.data; }
+  DEVICE SharedAddress values() const { return kv.data + kKeyBytes; }
+  DEVICE SharedAddress row_lse(uint32 use) const { return q.stage(use) + kQueryBytes; }
+  DEVICE SharedAddress row_delta(uint32 use) const { return dout.stage(use) + kDoutBytes; }
+  DEVICE SharedAddress ds_stage(uint32 use) const { return ds + use % 2 * kDsBytes; }
+  DEVICE SharedAddress dq_half(int consumer) const { return dq + consumer * kDqHalf * static_cast<int>(sizeof(float)); }
+};
+
+// Named barriers. Those of dq are between a consumer and the store warp.
+constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBarrier = 6;
+constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads = arch::kWarpgroupSize + kWarpSize;
+
+// The work of a CTA: all warps go through it in the same order.
+struct Work {
+  int n_block, kv_head, batch;
+  tile::Range blocks;
+  int end_head;
+  tile::QueryCursor first;
+
+  DEVICE explicit Work(const Shape& shape) {
+    const tile::TileIndex index = tile::key_tile_of<Config>(shape, kBlockN);
+    n_block = index.block, kv_head = index.head, batch = index.batch;
+    const tile::Band<Config> band(shape, tile::Sequence(shape, batch));
+    blocks = band.template query_blocks<kBlockM, kBlockN>(n_block * kBlockN);
+    first = {kv_head * shape.group_size, blocks.end - 1};
+    end_head = blocks.begin < blocks.end ? first.head + shape.group_size : first.head;
+  }
+};
+
+// One thread.
+DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
+  const BackwardParams& common = params.common;
+  const Work work(common.shape);
+  if (work.first.head == work.end_head) return;
+  const SharedAddress kv_barrier = shared.kv.begin_fill(0);
+  tile::copy_tile<kBlockN, Config::head_dim>(shared.keys(), params.k, kv_barrier, work.n_block * kBlockN, work.kv_head, work.batch);
+  tile::copy_tile<kBlockN, Config::head_dim_v>(shared.values(), params.v, kv_barrier, work.n_block * kBlockN, work.kv_head,
+                                               work.batch);
+  uint32 use = 0;
+#pragma unroll 1
+  for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
+    const int row = here.block * kBlockM;
+    const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
+    const SharedAddress q_barrier = shared.q.begin_fill(use);
+    tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
+    arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
+    const SharedAddress dout_barrier = shared.dout.begin_fill(use);
+    tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
+    arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
+  }
+}
+
+// One warp: adds the halves of dq as they come; in turn with the other key blocks where the result is to be repeatable.
+DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
+  const Work work(params.shape);
+  const bool leader = arch::lane_index() == 0;
+#pragma unroll 1
+  for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks)) {
+    float* accumulator = params.dq_accum + tile::statistic_offset(params.shape, work.batch, here.head, params.padded_seqlen_q,
+                                                                  here.block * kBlockM) * Config::head_dim;
+    int* turn = nullptr;
+    if constexpr (Config::deterministic) {
+      turn = tile::turn_of<Config>(params, work.batch, here.head, here.block);
+      if (leader) arch::wait_for_turn(turn, work.n_block);
+    }
+#pragma unroll
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+      arch::named_barrier_sync(kDqFullBarrier + consumer, kDqThreads);
+      if (leader) {
+        arch::add_floats_to_global(accumulator + consumer * kDqHalf, shared.dq_half(consumer), kDqHalf * 4);
+        arch::copy_to_global_commit();
+      }
+    }
+    if (leader) arch::copy_to_global_wait_read<1>();
+    arch::warp_barrier();
+    arch::named_barrier_arrive(kDqEmptyBarrier, kDqThreads);
+    if (leader) arch::copy_to_global_wait_read<0>();
+    arch::warp_barrier();
+    arch::named_barrier_arrive(kDqEmptyBarrier + 1, kDqThreads);
+    if constexpr (Config::deterministic) {
+      if (leader) {
+        arch::copy_to_global_wait();
+        arch::memory_fence();
+        arch::pass_turn(turn, work.n_block + 1);
+      }
+    }
+  }
+}
+
+// Per-query values of the thread's columns of a slab.
+template <int kSize>
+DEVICE void load_statistic(float2 (&values)[kSize / 4], SharedAddress statistic) {
+#pragma unroll
+  for (int j = 0; j < kSize / 4; ++j) values[j] = arch::load_shared_float2(statistic + 4 * (8 * j + tile::lane_column()));
+}
+
+DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int consumer) {
+  const BackwardParams& common = params.common;
+  const Shape& shape = common.shape;
+  const Work work(shape);
+  const tile::Sequence sequence(shape, work.batch);
+  const tile::Band<Config> band(shape, sequence);
+  const int warp_in_group = arch::warp_index() % 4;
+  const int group_key = consumer * tile::kWarpgroupRows, warp_key = group_key + warp_in_group * tile::kSlabRows;
+  const int first_key = work.n_block * kBlockN;
+  const bool leader = arch::lane_index() == 0;
+  constexpr int kSize = kBlockM / 2;
+
+  float dk[Config::head_dim / 2], dv[Config::head_dim_v / 2];
+  tile::clear(dk);
+  tile::clear(dv);
+  if (work.first.head < work.end_head) {
+    if (warp_in_group == 0) arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
+    shared.kv.wait_full(0);
+  }
+  uint32 use = 0;
+#pragma unroll 1
+  for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
+    const tile::Modifier<Config> modifier(common.score, work.batch, here.head);
+    const tile::Dropout dropout(common.dropout, work.batch, here.head);
+    const int query = here.block * kBlockM, key = first_key + warp_key;
+    const bool cut = band.template cuts<kBlockM, kBlockN>(query, first_key);
+    const float unit = modifier.unit();
+
+    float scores[kSize], gradients[kSize];
+    float2 row_values[kSize / 4];
+    shared.q.wait_full(use);
+    load_statistic<kSize>(row_values, shared.row_lse(use));  // now: such loads starve beside a product of 64 columns
+    tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.keys(), group_key, shared.q.stage(use));
+    shared.dout.wait_full(use);
+    tile::start_transposed<Element, Config::head_dim_v, kBlockN, kBlockM>(gradients, shared.values(), group_key,
+                                                                          shared.dout.stage(use));
+    arch::product_wait<1>();
+    arch::pin(scores);
+    modifier.template apply<KeyRows>(scores, query, key, sequence.offset);
+    if (cut) band.template select<KeyRows>(scores, -arch::infinity(), query, key);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const float2 lse = row_values[i / 4];
+      scores[i] = arch::exp2(arch::multiply_add(scores[i], unit, i % 2 ? -lse.y : -lse.x));
+    }
+    load_statistic<kSize>(row_values, shared.row_delta(use));
+    arch::product_wait_here(shape.num_heads);
+    arch::pin(gradients);
+
+    uint32 p[kSize / 2], ds[kSize / 2];
+    if constexpr (Config::dropout) {
+      // P as dv sees it has holes; dS needs P without them, and dP with them.
+      float kept[kSize];
+      dropout.template for_each<KeyRows, kSize>(query, key, [&](int i, bool keep) {
+        kept[i] = keep ? scores[i] : 0.f;
+        gradients[i] = keep ? gradients[i] * common.dropout.scale : 0.f;
+      });
+      tile::to_operand<Element>(p, kept);
+    } else {
+      tile::to_operand<Element>(p, scores);
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const float2 delta = row_values[i / 4];
+      gradients[i] = scores[i] * (gradients[i] - (i % 2 ? delta.y : delta.x));
+    }
+    if (cut) band.template select<KeyRows>(gradients, 0.f, query, key);
+    tile::to_operand<Element>(ds, gradients);
+
+    tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, ds);
+    tile::start_registers<Element, Config::head_dim_v, kBlockM>(dv, p, shared.dout.stage(use));
+    arch::fence_async_proxy();
+    arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS of both warpgroups is in shared memory
+
+    float dq[kDqRegisters];
+    if constexpr (kBlockM == 64)
+      tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys(), consumer);
+    else
+      tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys(), 0);
+    arch::product_wait<1>();
+    arch::pin(dv);
+    arch::pin(p);
+    if (leader) shared.dout.release(use);
+    tile::start_registers<Element, Config::head_dim, kBlockM>(dk, ds, shared.q.stage(use));
+    arch::product_wait<1>();
+    arch::pin(dq);
+
+    arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);
+    const SharedAddress half = shared.dq_half(consumer) + arch::thread_index() % arch::kWarpgroupSize * 16;
+#pragma unroll
+    for (int i = 0; i < kDqRegisters; i += 4)
+      arch::store_shared(half + i * 4 * arch::kWarpgroupSize, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+    arch::fence_async_proxy();
+    arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
+
+    arch::product_wait<0>();
+    arch::pin(dk);
+    arch::pin(ds);
+    if (leader) shared.q.release(use);
+  }
+
+  arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v have been read: their places are free for dk and dv
+  const float scale_k[2] = {common.score.scale, common.score.scale};
+  const float scale_v[2] = {Config::dropout ? common.dropout.scale : 1.f, Config::dropout ? common.dropout.scale : 1.f};
+  const bool keep[2] = {true, true};
+  tile::stage_slab_by_matrix<Element, kBlockN>(shared.keys(), warp_key, dk, scale_k, keep);
+  tile::stage_slab_by_matrix<Element, kBlockN>(shared.values(), warp_key, dv, scale_v, keep);
+  arch::fence_async_proxy();
+  arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
+  if (warp_in_group == 0 && leader) {
+    for (int c = 0; c < tile::chunks(Config::head_dim); ++c)
+      arch::copy_box_to_global(params.dk, shared.keys() + (c * kBlockN + group_key) * tile::kChunkRowBytes, c * tile::kChunkColumns,
+                               first_key + group_key, work.kv_head, work.batch);
+    for (int c = 0; c < tile::chunks(Config::head_dim_v); ++c)
+      arch::copy_box_to_global(params.dv, shared.values() + (c * kBlockN + group_key) * tile::kChunkRowBytes,
+                               c * tile::kChunkColumns, first_key + group_key, work.kv_head, work.batch);
+    arch::copy_to_global_commit();
+    arch::copy_to_global_wait_read();
+  }
+}
+
+}  // namespace
+
+KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
+  const Shared shared;
+  if (arch::thread_index() == 0) {
+    shared.kv.init(kReaders);
+    shared.q.init(kReaders);
+    shared.dout.init(kReaders);
+    arch::fence_barrier_init();
+    arch::prefetch(params.q);
+    arch::prefetch(params.k);
+    arch::prefetch(params.v);
+    arch::prefetch(params.dout);
+  }
+  arch::block_barrier();
+  const int warpgroup = arch::warpgroup_index();
+  if (warpgroup == 0) {
+    arch::lower_registers<kProducerRegisters>();
+    const int warp = arch::warp_index();
+    if (warp == 0 && arch::lane_index() == 0) produce(params, shared);
+    if (warp == 1) store_dq(params.common, shared);
+  } else {
+    arch::raise_registers<kConsumerRegisters>();
+    consume(params, shared, warpgroup - 1);
+  }
+}
