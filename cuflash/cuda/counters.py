@@ -7,12 +7,12 @@ clearing it. A captured launch may later run beside anything, so it gets a count
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
+from collections import deque
 
 from cuflash.device import require_cupy
 
-SLOTS = 65536  # per device; every captured launch takes one for good
+SLOTS = 65536  # per device; every captured launch takes one for good, every thread one for its own default stream
 PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle, another stream in every thread
 
 
@@ -25,25 +25,46 @@ class TileCounters:
         with cupy.cuda.Device(device_index) as device:
             self._memory = cupy.zeros(SLOTS, cupy.int32)
             device.synchronize()
-        self._next = itertools.count(self._memory.data.ptr, self._memory.itemsize)
-        self._end = self._memory.data.ptr + self._memory.nbytes
-        self._of_stream: dict[tuple[int, int], int] = {}
+        start, itemsize = self._memory.data.ptr, self._memory.itemsize
+        self._unused = iter(range(start, start + SLOTS * itemsize, itemsize))
+        self._returned: deque[int] = deque()
+        self._of_stream: dict[int, int] = {}
+        self._of_thread = threading.local()
 
     def address(self, stream: int) -> int:
         """Return the address of the counter for a launch on ``stream``."""
         if self._is_capturing(stream):
             return self._take()
-        key = (stream, threading.get_ident() if stream == PER_THREAD_STREAM else 0)
-        address = self._of_stream.get(key)
+        if stream == PER_THREAD_STREAM:
+            if not hasattr(self._of_thread, "lease"):
+                self._of_thread.lease = _Lease(self._take(), self._returned)
+            return self._of_thread.lease.address
+        address = self._of_stream.get(stream)
         if address is None:
-            address = self._of_stream.setdefault(key, self._take())
+            address = self._of_stream.setdefault(stream, self._take())
         return address
 
     def _take(self) -> int:
-        address = next(self._next)
-        if address >= self._end:
-            raise RuntimeError(f"{SLOTS} launches have been captured in CUDA graphs; backend='sm80' needs no counters")
-        return address
+        address = next(self._unused, None)
+        if address is not None:
+            return address
+        try:
+            return self._returned.popleft()
+        except IndexError:
+            raise RuntimeError(
+                f"all {SLOTS} tile counters are taken, one by every launch captured in a CUDA graph; "
+                "backend='sm80' needs none"
+            ) from None
+
+
+class _Lease:
+    """A counter until its thread ends. Launches may outlive the thread, so the longest returned is used again first."""
+
+    def __init__(self, address: int, returned: deque[int]) -> None:
+        self.address, self._returned = address, returned
+
+    def __del__(self) -> None:
+        self._returned.append(self.address)
 
 
 @functools.cache

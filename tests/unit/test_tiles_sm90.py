@@ -1,0 +1,104 @@
+"""Hopper's tile table: every problem finds the row that was measured for it, and every row fits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cuflash.device import KB, DeviceInfo
+from cuflash.tiles import HEAD_DIM_STEP
+from cuflash.tiles_sm90 import FORWARD, WARPGROUP_THREADS, forward_row
+
+HEAD_DIMS = range(HEAD_DIM_STEP, 257, HEAD_DIM_STEP)
+PAIRS = list(itertools.product(HEAD_DIMS, HEAD_DIMS))
+SHARED = 227 * KB
+LONGEST_BOX = 256  # rows that the copy engine moves at once
+
+
+def row_id(row) -> str:
+    heavy = "-heavy" if row.heavy else ""
+    return f"{row.head_dim}x{row.head_dim_v}-{row.longest or 'any'}-{row.causal}{heavy}"
+
+
+rows = pytest.mark.parametrize("row", FORWARD, ids=row_id)
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q", [0, 1, 512, 513, 1024, 1025, 1 << 29])
+def test_every_problem_has_a_row_that_fits(seqlen_q, causal, heavy):
+    for head_dim, head_dim_v in PAIRS:
+        row = forward_row(head_dim, head_dim_v, seqlen_q, causal=causal, heavy=heavy)
+        assert row.shared_bytes(head_dim, head_dim_v) <= SHARED
+        assert row.head_dim >= head_dim and row.head_dim_v >= head_dim_v
+        assert row.heavy or not heavy
+
+
+@rows
+def test_row_fits_every_head_dim_that_it_serves(row):
+    assert DeviceInfo.named("sm_90a").shared_per_block == SHARED
+    for head_dim, head_dim_v in PAIRS:
+        if head_dim <= row.head_dim and head_dim_v <= row.head_dim_v:
+            assert row.shared_bytes(head_dim, head_dim_v) <= SHARED, (head_dim, head_dim_v)
+
+
+@rows
+def test_row_is_one_that_the_kernel_can_be_compiled_for(row):
+    assert row.num_consumers in (2, 3), "the kernel knows how to divide the registers among three or four warpgroups"
+    assert row.threads == WARPGROUP_THREADS * (row.num_consumers + 1)
+    assert row.block_m == 64 * row.num_consumers
+    assert row.block_n % 16 == 0, "a product contracts 16 keys"
+    assert max(row.block_m, row.block_n) <= LONGEST_BOX
+    assert 0 <= row.eighths_before_wait < 8
+    assert not row.heavy or row.num_consumers == 2, "160 registers do not bear it"
+    scores_and_out = row.block_n // 2 + row.block_n // 4 + row.head_dim_v // 2
+    assert scores_and_out < {2: 232, 3: 160}[row.num_consumers], "scores, probabilities and output stay in registers"
+
+
+@rows
+def test_row_is_reached(row):
+    seqlen_q = row.longest or 1 << 20
+    causals = (False, True) if row.causal is None else (row.causal,)
+    sizes = (row.head_dim, row.head_dim_v, seqlen_q)
+    chosen = {forward_row(*sizes, causal=causal, heavy=heavy) for causal in causals for heavy in (False, True)}
+    assert row in chosen
+
+
+@rows
+def test_reason_is_a_measured_ratio_or_says_that_it_is_none(row):
+    assert row.reason[:1].isdigit() or row.reason.startswith("unmeasured: ")
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "seqlen_q", "causal", "heavy", "rows_and_keys"),
+    [
+        ((64, 64), 4096, False, False, (192, 128)),
+        ((64, 64), 4096, True, False, (192, 128)),
+        ((64, 64), 1024, False, False, (192, 128)),
+        ((64, 64), 1024, True, False, (128, 128)),
+        ((64, 64), 4096, False, True, (128, 128)),
+        ((33, 64), 4096, False, False, (192, 128)),
+        ((64, 65), 4096, False, False, (128, 128)),
+        ((128, 128), 4096, True, True, (128, 128)),
+        ((192, 128), 4096, True, False, (128, 128)),
+        ((129, 32), 4096, True, False, (128, 128)),
+        ((192, 192), 4096, True, False, (128, 112)),
+        ((128, 192), 4096, True, False, (128, 112)),
+        ((256, 256), 4096, True, False, (128, 64)),
+        ((256, 256), 512, False, False, (128, 64)),
+        ((256, 256), 513, False, False, (128, 80)),
+        ((193, 64), 4096, False, True, (128, 80)),
+    ],
+)
+def test_row_choice(head_dims, seqlen_q, causal, heavy, rows_and_keys):
+    row = forward_row(*head_dims, seqlen_q, causal=causal, heavy=heavy)
+    assert (row.block_m, row.block_n) == rows_and_keys
+
+
+def test_out_has_shared_memory_of_its_own_or_that_of_q():
+    own, shared = forward_row(128, 128, 4096, causal=True, heavy=False), FORWARD[-1]
+    assert (own.own_out, shared.own_out) == (True, False)
+    tile, k_and_v, rest = 128 * 128 * 2, 2 * 2 * 128 * 128 * 2, 2 * 5 * 8 + 48
+    assert own.shared_bytes(128, 128) == tile + tile + k_and_v + rest
+    assert shared.shared_bytes(64, 256) == 128 * 256 * 2 + 2 * 80 * (64 + 256) * 2 + rest
