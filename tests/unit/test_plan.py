@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 import pytest
 
@@ -253,50 +252,6 @@ def test_explain_names_what_will_run():
         assert f"{step.spec.entry} [sm_90]: grid {step.grid}, {step.threads} threads" in text
     assert "255 registers, 1 blocks per SM" in text
     assert "floor " in text
-
-
-HOPPER_ROWS = View.of((2, 1000, 8, 64), "bfloat16")
-
-
-def shifted(strides: tuple[int, ...] = HOPPER_ROWS.strides, pointer: int = 0) -> View:
-    return View(pointer, HOPPER_ROWS.shape, strides, "bfloat16")
-
-
-@pytest.mark.parametrize(
-    ("keywords", "reason"),
-    [
-        ({"operands": {"seqused_k": View.of((2,), "int32")}}, "seqused_q and seqused_k need the portable kernels"),
-        ({"operands": {"q": shifted(pointer=8)}}, "q's address or strides are not multiples of 16 bytes"),
-        ({"operands": {"v": shifted((512_004, 512, 64, 1))}}, "v's address or strides"),
-        ({"operands": {"k": shifted((512_000, -512, 64, 1))}}, "k has strides .* needs positive ones"),
-        ({"operands": {"out": shifted(pointer=2)}}, "out's address or strides"),
-        ({"head_dim": 60}, "q's address or strides"),
-        ({"head_dim": 64, "head_dim_v": 60}, "head_dim_v is 60|v's address or strides"),
-    ],
-)
-def test_hopper_runs_portable_kernels_where_the_copy_engine_cannot(keywords, reason):
-    plan = plan_forward(problem_of(**keywords, kernels=None), HOPPER)
-    assert entries(plan) == ["forward_sm80"]
-    assert re.search(f"portable kernels: .*({reason})", plan.explain())
-    with pytest.raises(NotImplementedError, match=f"backend is 'sm90', but .*({reason}).*; 'sm80' runs it"):
-        plan_forward(problem_of(**keywords, kernels="sm90"), HOPPER)
-
-
-@pytest.mark.parametrize("keywords", [{}, {"causal": True}, {"softcap": 1.0, "dropout_p": 0.5}, {"head_dim": 40}])
-def test_hopper_runs_its_own_forward(keywords):
-    plan = plan_forward(problem_of(**keywords, kernels=None), HOPPER)
-    (step,) = plan.steps
-    assert (step.spec.entry, step.spec.arch) == ("forward_sm90", "sm_90a")
-    assert step.grid <= HOPPER.sm_count
-    assert step.shared_bytes <= HOPPER.shared_per_block
-    assert plan == plan_forward(problem_of(**keywords, kernels=None), HOPPER)
-
-
-def test_other_devices_have_no_hopper_kernels():
-    for arch in ("sm_80", "sm_100", "sm_120"):
-        assert entries(plan_forward(problem_of(kernels=None), DeviceInfo.named(arch))) == ["forward_sm80"]
-        with pytest.raises(NotImplementedError, match=f"is {arch}, not sm_90a"):
-            plan_forward(problem_of(kernels="sm90"), DeviceInfo.named(arch))
 
 
 def test_plans_are_values():
