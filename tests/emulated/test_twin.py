@@ -65,7 +65,7 @@ def run() -> Run:
     return run
 
 
-@pytest.mark.parametrize("name", ["arch/common.cuh", "arch/sm80.cuh"])
+@pytest.mark.parametrize("name", ["arch/common.cuh", "arch/sm80.cuh", "arch/sm90.cuh"])
 def test_twin_has_every_name_of_the_device(name: str) -> None:
     """So that a kernel which compiles for the one compiles for the other."""
 

@@ -33,8 +33,18 @@ DEVICE void copy_box_to_global(const TensorMap& map, SharedAddress shared, int c
                                Where where = {}) {
   twin::copy_box_to_global(&map, shared, column, row, head, batch, where);
 }
-DEVICE void copy_to_global_commit() { twin::commit_boxes(); }
-DEVICE void copy_to_global_wait_read() { twin::wait_until_boxes_are_read(); }
+DEVICE void copy_bytes_to_shared(SharedAddress shared, const void* global, int bytes, SharedAddress barrier, Where where = {}) {
+  twin::copy_bytes_to_shared(shared, global, bytes, barrier, where);
+}
+DEVICE void add_floats_to_global(float* global, SharedAddress shared, int bytes, Where where = {}) {
+  twin::add_floats_to_global(global, shared, bytes, where);
+}
+DEVICE void copy_to_global_commit() { twin::commit_departures(); }
+template <int kPending = 0>
+DEVICE void copy_to_global_wait_read() {
+  twin::wait_until_read(kPending);
+}
+DEVICE void copy_to_global_wait() { twin::wait_until_written(); }
 DEVICE void fence_async_proxy() { twin::fence_proxy(); }
 
 // ---- registers and matrices ---------------------------------------------------------------------------------------------------------
@@ -55,16 +65,30 @@ struct MatrixStore {
 };
 
 // Lane l gives the address of row l % 8 of matrix l / 8, and brings (row l / 4, columns 2 * (l % 4) and + 1) of each matrix.
-DEVICE void gather_matrices(MatrixStore* const* lanes) {
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    uint32 row[4];
-    for (int i = 0; i < 4; ++i) row[i] = lanes[lane % 8 * 4 + i]->matrices[lane / 8];
-    twin::write_shared_for_lane(lane, lanes[lane]->address, row, sizeof row, lanes[lane]->where);
-  }
+template <bool kTransposed>
+void gather_matrices(MatrixStore* const* lanes) {
+  uint16_t matrix[4][8][8];
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int half = 0; half < 2; ++half) {
+        const int row = lane / 4, column = lane % 4 * 2 + half;
+        const auto element = static_cast<uint16_t>(lanes[lane]->matrices[i] >> 16 * half);
+        (kTransposed ? matrix[i][column][row] : matrix[i][row][column]) = element;
+      }
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    twin::write_shared_for_lane(lane, lanes[lane]->address, matrix[lane / 8][lane % 8], 16, lanes[lane]->where);
 }
 DEVICE void store_matrix(SharedAddress address, uint32 m0, uint32 m1, uint32 m2, uint32 m3, Where where = {}) {
   MatrixStore store{address, {m0, m1, m2, m3}, where};
-  twin::meet<MatrixStore, gather_matrices>("store_matrix", store, where);
+  twin::meet<MatrixStore, gather_matrices<false>>("store_matrix", store, where);
+}
+DEVICE void store_matrix_transposed(SharedAddress address, uint32 m0, uint32 m1, uint32 m2, uint32 m3, Where where = {}) {
+  MatrixStore store{address, {m0, m1, m2, m3}, where};
+  twin::meet<MatrixStore, gather_matrices<true>>("store_matrix_transposed", store, where);
+}
+DEVICE void store_shared(SharedAddress address, float x, float y, float z, float w, Where where = {}) {
+  const float values[4] = {x, y, z, w};
+  twin::write_shared(address, values, sizeof values, where);
 }
 
 // ---- warpgroup products -------------------------------------------------------------------------------------------------------------
@@ -107,11 +131,18 @@ struct Product {
   static_assert(kN % 16 == 0 && kN <= 256, "the device has these shapes");
 
   static DEVICE void shared(float (&d)[kN / 2], uint64 a, uint64 b, bool accumulate, Where where = {}) {
-    twin::ProductLane lane{{a, b, kN, true, is_float16<Element>, accumulate, where}, d, nullptr};
-    twin::start_product(lane);
+    start(d, nullptr, {a, b, kN, true, false, is_float16<Element>, accumulate, where});
+  }
+  static DEVICE void shared_rows(float (&d)[kN / 2], uint64 a, uint64 b, bool accumulate, Where where = {}) {
+    start(d, nullptr, {a, b, kN, true, true, is_float16<Element>, accumulate, where});
   }
   static DEVICE void registers(float (&d)[kN / 2], const uint32* a, uint64 b, Where where = {}) {
-    twin::ProductLane lane{{0, b, kN, false, is_float16<Element>, true, where}, d, a};
+    start(d, a, {0, b, kN, false, true, is_float16<Element>, true, where});
+  }
+
+ private:
+  static DEVICE void start(float* d, const uint32* a, const twin::ProductOperands& operands) {
+    twin::ProductLane lane{operands, d, a};
     twin::start_product(lane);
   }
 };

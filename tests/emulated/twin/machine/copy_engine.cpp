@@ -8,10 +8,10 @@ namespace twin {
 namespace {
 
 constexpr uint64_t kMark = 0x70616d2d6e697774;  // "twin-map"
-constexpr int kRowBytes = 128;
+constexpr int kLineBytes = 128;
 constexpr int kPieceBytes = 16;
 constexpr int kElementBytes = 2;
-constexpr int kBoxColumns = kRowBytes / kElementBytes;
+constexpr int kBoxColumns = kLineBytes / kElementBytes;
 
 Map decode(const void* map, Where where) {
   Map decoded;
@@ -25,28 +25,71 @@ uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; 
 
 bool is_inside(int index, uint64_t size) { return index >= 0 && static_cast<uint64_t>(index) < size; }
 
-// Calls visit(address in shared memory, address in global memory, bytes) for each row of the box; bytes inside of the array, at most 128.
+// At most 128 bytes that lie together in global memory, and in shared memory but for the swizzle.
+struct Line {
+  uint32_t address;
+  int bytes;
+  char* global;
+  int bytes_in_array;  // the others are zeros, or are not written
+};
+
 template <class Visitor>
-void for_each_row(const Box& box, Visitor visit) {
-  const Map& map = box.map;
+void for_each_line_of_box(const Region& region, Visitor visit) {
+  const Map& map = region.map;
   const bool is_inside_array =
-      is_inside(box.column, map.sizes[0]) && is_inside(box.head, map.sizes[2]) && is_inside(box.batch, map.sizes[3]);
+      is_inside(region.column, map.sizes[0]) && is_inside(region.head, map.sizes[2]) && is_inside(region.batch, map.sizes[3]);
   for (int i = 0; i < static_cast<int>(map.box_rows); ++i) {
-    const int row = box.row + i;
-    int columns = 0;
+    const int row = region.row + i;
+    uint64_t columns = 0;
     if (is_inside_array && is_inside(row, map.sizes[1])) {
-      const uint64_t left = map.sizes[0] - box.column;
-      columns = left < kBoxColumns ? static_cast<int>(left) : kBoxColumns;
+      columns = map.sizes[0] - region.column;
+      if (columns > kBoxColumns) columns = kBoxColumns;
     }
-    const uint64_t global = map.base + static_cast<uint64_t>(box.column) * kElementBytes + row * map.strides[0] +
-                            box.head * map.strides[1] + box.batch * map.strides[2];
-    visit(box.address + i * kRowBytes, reinterpret_cast<char*>(global), columns * kElementBytes);
+    const uint64_t global = map.base + static_cast<uint64_t>(region.column) * kElementBytes + row * map.strides[0] +
+                            region.head * map.strides[1] + region.batch * map.strides[2];
+    visit(Line{region.address + i * kLineBytes, kLineBytes, reinterpret_cast<char*>(global), static_cast<int>(columns) * kElementBytes});
+  }
+}
+
+template <class Visitor>
+void for_each_line(const Region& region, Visitor visit) {
+  if (region.is_box) return for_each_line_of_box(region, visit);
+  for (int at = 0; at < region.bytes; at += kLineBytes) {
+    const int bytes = region.bytes - at < kLineBytes ? region.bytes - at : kLineBytes;
+    visit(Line{region.address + at, bytes, region.global + at, bytes});
+  }
+}
+
+// Calls visit(address, byte of the line) for each 16 bytes of a line in shared memory.
+template <class Visitor>
+void for_each_piece(const Region& region, const Line& line, Visitor visit) {
+  for (int at = 0; at < line.bytes; at += kPieceBytes) visit(region.is_box ? swizzled(line.address + at) : line.address + at, at);
+}
+
+Region box(uint32_t address, const void* map, int column, int row, int head, int batch, Where where) {
+  if (address % kLineBytes != 0) fail(where, "a box at shared offset %u, which is no multiple of 128", address - kSharedBase);
+  const Map decoded = decode(map, where);
+  const int bytes = static_cast<int>(decoded.box_rows) * kLineBytes;
+  return {address, thread, where, bytes, true, decoded, column, row, head, batch, nullptr};
+}
+
+Region plain_bytes(uint32_t address, const void* global, int bytes, Where where) {
+  if (address % kPieceBytes || reinterpret_cast<uint64_t>(global) % kPieceBytes || bytes % kPieceBytes || bytes <= 0)
+    fail(where, "a copy of %d bytes between shared offset %u and %p: multiples of 16 are needed", bytes, address - kSharedBase, global);
+  return {address, thread, where, bytes, false, Map(), 0, 0, 0, 0, const_cast<char*>(static_cast<const char*>(global))};
+}
+
+void add_floats(char* global, const unsigned char* bytes, int count) {
+  for (int at = 0; at < count; at += 4) {
+    float sum, addend;
+    std::memcpy(&sum, global + at, 4);
+    std::memcpy(&addend, bytes + at, 4);
+    sum += addend;
+    std::memcpy(global + at, &sum, 4);
   }
 }
 
 }  // namespace
-
-int Box::bytes() const { return static_cast<int>(map.box_rows) * kRowBytes; }
 
 void CopyEngine::reset(int num_threads) {
   landings_.clear();
@@ -57,71 +100,113 @@ void CopyEngine::reset(int num_threads) {
 bool CopyEngine::has_work() const {
   if (!landings_.empty()) return true;
   for (const Departure& departure : departures_)
-    if (!departure.has_been_read) return true;
+    if (!departure.has_been_read || departure.was_waited_for) return true;
   return false;
 }
 
 void CopyEngine::work() {
   const uint32_t chosen = schedule.below(static_cast<uint32_t>(landings_.size() + departures_.size()));
-  if (chosen >= landings_.size()) {
-    depart(departures_[chosen - landings_.size()]);
+  if (chosen < landings_.size()) {
+    const Landing landing = landings_[chosen];
+    landings_.erase(landings_.begin() + chosen);
+    land(landing);
     return;
   }
-  const Landing landing = landings_[chosen];
-  landings_.erase(landings_.begin() + chosen);
-  land(landing);
+  const auto departure = departures_.begin() + (chosen - landings_.size());
+  if (!departure->has_been_read) {
+    read(*departure);
+  } else if (departure->was_waited_for) {
+    write(*departure);
+    departures_.erase(departure);
+  }
 }
 
-void CopyEngine::begin_landing(const Box& box, uint32_t barrier) {
-  block->shared.begin_landing(box.thread, box.address, box.bytes(), box.where);
-  landings_.push_back({box, barrier});
+void CopyEngine::finish() {
+  for (Departure& departure : departures_) write(departure);
+  departures_.clear();
 }
 
-void CopyEngine::begin_departure(const Box& box) {
-  block->shared.begin_background_read(box.thread, box.address, box.bytes(), box.where);
-  departures_.push_back({box, groups_committed_[box.thread], false});
+void CopyEngine::begin_landing(const Region& region, uint32_t barrier) {
+  block->shared.begin_landing(region.thread, region.address, region.bytes, region.where);
+  landings_.push_back({region, barrier});
 }
 
-void CopyEngine::wait_for_departures(int thread) {
+void CopyEngine::begin_departure(const Region& region, Effect effect) {
+  block->shared.begin_background_read(region.thread, region.address, region.bytes, region.where);
+  Departure departure{};
+  departure.region = region;
+  departure.effect = effect;
+  departure.group = groups_committed_[region.thread];
+  departures_.push_back(std::move(departure));
+}
+
+void CopyEngine::wait_until_read(int thread, int pending_groups) {
+  for (Departure& departure : departures_) {
+    const Region& region = departure.region;
+    if (region.thread != thread || departure.was_waited_for || departure.group >= groups_committed_[thread] - pending_groups) continue;
+    if (!departure.has_been_read) read(departure);
+    departure.was_waited_for = true;
+    block->shared.end_background_read(thread / kLanes, region.address, region.bytes);
+  }
+}
+
+void CopyEngine::wait_until_written(int thread) {
+  wait_until_read(thread, 0);
   for (size_t i = 0; i < departures_.size();) {
-    Departure& departure = departures_[i];
-    if (departure.box.thread != thread || departure.group >= groups_committed_[thread]) {
+    if (departures_[i].region.thread != thread || !departures_[i].was_waited_for) {
       ++i;
       continue;
     }
-    depart(departure);
-    block->shared.end_background_read(thread / kLanes, departure.box.address, departure.box.bytes());
+    write(departures_[i]);
     departures_.erase(departures_.begin() + i);
   }
 }
 
-const Departure* CopyEngine::departure_of(int thread) const {
+const Departure* CopyEngine::unread_departure_of(int thread) const {
   for (const Departure& departure : departures_)
-    if (departure.box.thread == thread) return &departure;
+    if (departure.region.thread == thread && !departure.was_waited_for) return &departure;
   return nullptr;
 }
 
 void CopyEngine::land(const Landing& landing) {
-  thread = landing.box.thread;
-  for_each_row(landing.box, [&](uint32_t address, const char* global, int bytes) {
-    unsigned char row[kRowBytes] = {};
-    if (bytes) check_global(global, bytes, kElementBytes, false, landing.box.where);
-    if (bytes) std::memcpy(row, global, bytes);
-    for (int at = 0; at < kRowBytes; at += kPieceBytes) block->shared.land(swizzled(address + at), row + at, kPieceBytes);
+  const Region& region = landing.region;
+  thread = region.thread;
+  for_each_line(region, [&](const Line& line) {
+    unsigned char bytes[kLineBytes] = {};
+    if (line.bytes_in_array) {
+      check_global(line.global, line.bytes_in_array, kElementBytes, false, region.where);
+      std::memcpy(bytes, line.global, line.bytes_in_array);
+    }
+    for_each_piece(region, line, [&](uint32_t address, int at) { block->shared.land(address, bytes + at, kPieceBytes); });
   });
-  block->shared.end_landing(landing.box.address, landing.box.bytes());
-  complete_bytes(block->barriers.in_shared_memory.at(landing.barrier), landing.box.bytes());
+  block->shared.end_landing(region.address, region.bytes);
+  complete_bytes(block->barriers.in_shared_memory.at(landing.barrier), region.bytes);
 }
 
-void CopyEngine::depart(Departure& departure) {
-  if (departure.has_been_read) return;
+void CopyEngine::read(Departure& departure) {
   departure.has_been_read = true;
-  thread = departure.box.thread;
-  for_each_row(departure.box, [&](uint32_t address, char* global, int bytes) {
-    unsigned char row[kRowBytes];
-    for (int at = 0; at < kRowBytes; at += kPieceBytes) block->shared.peek(swizzled(address + at), row + at, kPieceBytes);
-    if (bytes) check_global(global, bytes, kElementBytes, true, departure.box.where);
-    if (bytes) std::memcpy(global, row, bytes);
+  departure.bytes.resize(departure.region.bytes);
+  unsigned char* to = departure.bytes.data();
+  for_each_line(departure.region, [&](const Line& line) {
+    for_each_piece(departure.region, line, [&](uint32_t address, int at) { block->shared.peek(address, to + at, kPieceBytes); });
+    to += line.bytes;
+  });
+}
+
+void CopyEngine::write(Departure& departure) {
+  const Where where = departure.region.where;
+  thread = departure.region.thread;
+  const unsigned char* from = departure.bytes.data();
+  for_each_line(departure.region, [&](const Line& line) {
+    if (line.bytes_in_array) {
+      check_global(line.global, line.bytes_in_array, kElementBytes, true, where);
+      if (departure.effect == Effect::kAddFloats) {
+        add_floats(line.global, from, line.bytes_in_array);
+      } else {
+        std::memcpy(line.global, from, line.bytes_in_array);
+      }
+    }
+    from += line.bytes;
   });
 }
 
@@ -130,18 +215,23 @@ void CopyEngine::depart(Departure& departure) {
 void check_map(const void* map, Where where) { decode(map, where); }
 
 void copy_box_to_shared(uint32_t address, const void* map, uint32_t barrier, int column, int row, int head, int batch, Where where) {
-  if (address % kRowBytes != 0) fail(where, "a box goes to shared offset %u, which is no multiple of 128", address - kSharedBase);
   barrier_for_copy(barrier, where);
-  block->engine.begin_landing({decode(map, where), address, column, row, head, batch, thread, where}, barrier);
+  block->engine.begin_landing(box(address, map, column, row, head, batch, where), barrier);
 }
-
+void copy_bytes_to_shared(uint32_t address, const void* global, int bytes, uint32_t barrier, Where where) {
+  barrier_for_copy(barrier, where);
+  block->engine.begin_landing(plain_bytes(address, global, bytes, where), barrier);
+}
 void copy_box_to_global(const void* map, uint32_t address, int column, int row, int head, int batch, Where where) {
-  if (address % kRowBytes != 0) fail(where, "a box leaves shared offset %u, which is no multiple of 128", address - kSharedBase);
-  block->engine.begin_departure({decode(map, where), address, column, row, head, batch, thread, where});
+  block->engine.begin_departure(box(address, map, column, row, head, batch, where), Effect::kStore);
+}
+void add_floats_to_global(void* global, uint32_t address, int bytes, Where where) {
+  block->engine.begin_departure(plain_bytes(address, global, bytes, where), Effect::kAddFloats);
 }
 
-void commit_boxes() { block->engine.commit_departures(thread); }
-void wait_until_boxes_are_read() { block->engine.wait_for_departures(thread); }
+void commit_departures() { block->engine.commit_departures(thread); }
+void wait_until_read(int pending_groups) { block->engine.wait_until_read(thread, pending_groups); }
+void wait_until_written() { block->engine.wait_until_written(thread); }
 void fence_proxy() { block->shared.fence_proxy(thread); }
 
 }  // namespace twin

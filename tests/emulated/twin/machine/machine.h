@@ -78,13 +78,16 @@ void named_barrier(int id, int threads, bool waits, Where where);
 void lower_registers(int count, Where where);
 void raise_registers(int count, Where where);
 
-// ---- Hopper: copies by tensor map. They read and write at moments of their own, no later than a wait guarantees -------------------
+// ---- Hopper: copies of the engine. They read and write at moments of their own, no later than a wait guarantees ---------------------
 
 void check_map(const void* map, Where where);
 void copy_box_to_shared(uint32_t address, const void* map, uint32_t barrier, int column, int row, int head, int batch, Where where);
+void copy_bytes_to_shared(uint32_t address, const void* global, int bytes, uint32_t barrier, Where where);
 void copy_box_to_global(const void* map, uint32_t address, int column, int row, int head, int batch, Where where);
-void commit_boxes();
-void wait_until_boxes_are_read();
+void add_floats_to_global(void* global, uint32_t address, int bytes, Where where);
+void commit_departures();
+void wait_until_read(int pending_groups);
+void wait_until_written();
 void fence_proxy();
 
 // ---- Hopper: products of warpgroups -------------------------------------------------------------------------------------------------
@@ -92,7 +95,10 @@ void fence_proxy();
 struct ProductOperands {
   uint64_t a, b;  // descriptors; a only where left_in_shared
   int columns;
-  bool left_in_shared, is_float16, accumulate;
+  bool left_in_shared;    // else in registers
+  bool right_along_rows;  // whether the contraction runs along the rows of the right operand, or along its columns
+  bool is_float16;
+  bool accumulate;
   Where where;
 };
 

@@ -70,8 +70,8 @@ void run_another_lane() {
 
 void exit_lane() {
   if (warp->meeting) fail(warp->where, "lane %d leaves the kernel while others wait in %s", thread % kLanes, warp->verb);
-  if (const Departure* departure = block->engine.departure_of(thread))
-    fail(departure->box.where, "this thread leaves the kernel without a wait until its copy to global memory has read shared memory");
+  if (const Departure* departure = block->engine.unread_departure_of(thread))
+    fail(departure->region.where, "this thread leaves the kernel without a wait until its copy to global memory has read shared memory");
   warp->ready &= ~this_bit();
   warp->exited |= this_bit();
   if (warp->exited == kAllLanes) {
@@ -193,7 +193,8 @@ void run_blocks(std::vector<std::unique_ptr<Block>>& blocks) {
     if (failed) return;
     if (block->warps_exited < static_cast<int>(block->warps.size())) continue;
     if (const Landing* landing = block->engine.landing())
-      fail(landing->box.where, "the block ends while this copy to its shared memory is under way");
+      fail(landing->region.where, "the block ends while this copy to its shared memory is under way");
+    block->engine.finish();
     if (next_index < launch->grid) {
       start_block(*block, next_index++);
     } else {

@@ -49,11 +49,13 @@ void for_each_piece_along_rows(const Descriptor& at, int columns, Visitor visit)
 // Every piece that a warp's share of the product reads, of the left operand and of the right one.
 template <class Left, class Right>
 void for_each_piece(const ProductOperands& operands, int warp, Left visit_left, Right visit_right) {
-  if (operands.left_in_shared) {
+  if (operands.left_in_shared)
     for_each_piece_along_columns(decode(operands.a, operands.where), warp % kWarpsOfGroup * kRows, kRows, visit_left);
-    for_each_piece_along_columns(decode(operands.b, operands.where), 0, operands.columns, visit_right);
+  const Descriptor right = decode(operands.b, operands.where);
+  if (operands.right_along_rows) {
+    for_each_piece_along_rows(right, operands.columns, visit_right);
   } else {
-    for_each_piece_along_rows(decode(operands.b, operands.where), operands.columns, visit_right);
+    for_each_piece_along_columns(right, 0, operands.columns, visit_right);
   }
 }
 
@@ -90,8 +92,7 @@ void compute(Product& product) {
       operands, warp_index(),
       [&](uint32_t address, int row, int column) { piece(address, [&](int i, float value) { a[row][column + i] = value; }); },
       [&](uint32_t address, int row, int column) {
-        // A right operand in rows of the contraction lies as it is needed; the other kind lies transposed.
-        piece(address, [&](int i, float value) { operands.left_in_shared ? b[column + i][row] = value : b[row][column + i] = value; });
+        piece(address, [&](int i, float value) { (operands.right_along_rows ? b[row][column + i] : b[column + i][row]) = value; });
       });
   if (!operands.left_in_shared)
     for (int lane = 0; lane < kLanes; ++lane)
@@ -146,7 +147,7 @@ void deliver(const Accumulators& accumulators, Where where) {
 
 bool is_same(const ProductOperands& x, const ProductOperands& y) {
   return x.a == y.a && x.b == y.b && x.columns == y.columns && x.accumulate == y.accumulate && x.left_in_shared == y.left_in_shared &&
-         x.where.line == y.where.line;
+         x.right_along_rows == y.right_along_rows && x.where.line == y.where.line;
 }
 
 // All warps of a warpgroup start the same products.
