@@ -162,18 +162,30 @@ def hopper_obstacle(problem: Problem, device: DeviceInfo) -> str | None:
         return f"{device.name} is {device.arch}, not sm_90a"
     if problem.layout.used_q or problem.layout.used_k:
         return "seqused_q and seqused_k need the portable kernels"
-    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": problem.out}
-    for name, array in arrays.items():
+    for name, array in {"q": problem.q, "k": problem.k, "v": problem.v, "out": problem.out}.items():
         if array is None:
-            if problem.head_dim_v % (WIDEST_LOAD // ITEMSIZE):
-                return f"head_dim_v is {problem.head_dim_v}; rows of out are no multiples of {WIDEST_LOAD} bytes"
-            continue
-        if 0 in array.shape:
-            return f"{name} has shape {array.shape}; the copy engine knows no empty arrays"
-        if array.alignment < WIDEST_LOAD:
-            return f"{name}'s address or strides are not multiples of {WIDEST_LOAD} bytes"
-        if any(stride <= 0 for size, stride in zip(array.shape[:3], array.strides[:3], strict=True) if size > 1):
-            return f"{name} has strides {array.strides}; the copy engine needs positive ones"
+            if obstacle := _row_obstacle(name, "head_dim_v", problem.head_dim_v):
+                return obstacle
+        elif obstacle := _copy_obstacle(name, array):
+            return obstacle
+    return None
+
+
+def _copy_obstacle(name: str, array: ArraySpec) -> str | None:
+    """Why the copy engine cannot address an array of the caller."""
+    if 0 in array.shape:
+        return f"{name} has shape {array.shape}; the copy engine knows no empty arrays"
+    if array.alignment < WIDEST_LOAD:
+        return f"{name}'s address or strides are not multiples of {WIDEST_LOAD} bytes"
+    if any(stride <= 0 for size, stride in zip(array.shape[:3], array.strides[:3], strict=True) if size > 1):
+        return f"{name} has strides {array.strides}; the copy engine needs positive ones"
+    return None
+
+
+def _row_obstacle(name: str, keyword: str, columns: int) -> str | None:
+    """Why the copy engine cannot address a contiguous array of the library's own."""
+    if columns % (WIDEST_LOAD // ITEMSIZE):
+        return f"{keyword} is {columns}; rows of {name} are no multiples of {WIDEST_LOAD} bytes"
     return None
 
 
@@ -251,10 +263,11 @@ def hopper_backward_obstacle(problem: Problem, device: DeviceInfo) -> str | None
         return obstacle
     if backward_row(problem.head_dim, problem.head_dim_v) is None:
         return f"head_dim is {problem.head_dim} and head_dim_v {problem.head_dim_v}; its backward goes up to 128"
-    if problem.head_dim % (WIDEST_LOAD // ITEMSIZE):
-        return f"head_dim is {problem.head_dim}; rows of dk are no multiples of {WIDEST_LOAD} bytes"
-    if problem.dout is not None and problem.dout.alignment < WIDEST_LOAD:
-        return f"dout's address or strides are not multiples of {WIDEST_LOAD} bytes"
+    for name, keyword, columns in (("dk", "head_dim", problem.head_dim), ("dv", "head_dim_v", problem.head_dim_v)):
+        if obstacle := _row_obstacle(name, keyword, columns):
+            return obstacle
+    if problem.dout is not None and (obstacle := _copy_obstacle("dout", problem.dout)):
+        return obstacle
     if problem.modifiers.softcap or problem.dropout is not None:
         return "its backward has neither softcap nor dropout yet"
     return None

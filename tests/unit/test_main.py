@@ -66,7 +66,8 @@ def test_explain_for_a_named_device(capsys):
     assert command_line.main(["explain", "--causal", "--head-dim", "64", "--device", "sm_90a"]) == 0
     printed = capsys.readouterr().out
     assert "forward on NVIDIA H200" in printed
-    assert "backward_sm80" in printed
+    assert "forward_sm90" in printed
+    assert "backward on NVIDIA H200" in printed
 
 
 @pytest.mark.parametrize("arguments", [["--window", "5", "0"], ["--sinks", "--alibi-slopes"], ["--dropout-p", "0.1"]])

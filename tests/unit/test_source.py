@@ -10,7 +10,7 @@ import pytest
 
 from cuflash.cuda import source
 from cuflash.device import DeviceInfo
-from cuflash.plan import CONFIG_FIELDS, KernelSpec, plan_backward, plan_forward
+from cuflash.plan import CONFIG_FIELDS, KernelSpec, plan_passes
 from cuflash.problem import Problem, View
 
 
@@ -92,9 +92,8 @@ def test_packaged_kernels_are_preferred(tmp_path, monkeypatch):
 def specs() -> list[KernelSpec]:
     views = {name: View.of((1, 100, 2, 64), "float16") for name in "qkv"} | {"sinks": View.of((2,), "float32")}
     device = DeviceInfo.named("sm_90a")
-    hopper, portable = (Problem.build(views, causal=True, kernels=kernels) for kernels in ("sm90", "sm80"))
-    plans = (plan_forward(hopper, device), plan_forward(portable, device), plan_backward(portable, device))
-    return [step.spec for plan in plans for step in plan.steps]
+    problems = [Problem.build(views, causal=True, kernels=kernels) for kernels in ("sm90", "sm80")]
+    return [step.spec for problem in problems for plan in plan_passes(problem, device) for step in plan.steps]
 
 
 def test_every_kernel_has_a_file_and_an_entry_point():

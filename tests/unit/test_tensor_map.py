@@ -43,7 +43,7 @@ def test_axes_come_innermost_first_with_strides_in_bytes(encoder):
     ((_, rank, pointer, (sizes, strides, box, steps), _),) = encoder.calls
     assert (rank, pointer) == (4, POINTER)
     assert sizes == ([72, 100, 8, 2], ctypes.c_uint64)
-    assert strides == ([1216, 152, 121_600], ctypes.c_uint64), "of rows, heads and batch; columns are next to each other"
+    assert strides == ([1216, 152, 121_600], ctypes.c_uint64), "of rows, heads and batches; columns are neighbours"
     assert box == ([64, 128, 1, 1], ctypes.c_uint32)
     assert steps == ([1, 1, 1, 1], ctypes.c_uint32)
 

@@ -8,7 +8,7 @@ import pytest
 
 from cuflash.device import KB, DeviceInfo
 from cuflash.tiles import HEAD_DIM_STEP
-from cuflash.tiles_sm90 import FORWARD, WARPGROUP_THREADS, forward_row
+from cuflash.tiles_sm90 import BACKWARD, FORWARD, WARPGROUP_THREADS, backward_row, forward_row
 
 HEAD_DIMS = range(HEAD_DIM_STEP, 257, HEAD_DIM_STEP)
 PAIRS = list(itertools.product(HEAD_DIMS, HEAD_DIMS))
@@ -63,6 +63,22 @@ def test_row_is_reached(row):
     sizes = (row.head_dim, row.head_dim_v, seqlen_q)
     chosen = {forward_row(*sizes, causal=causal, heavy=heavy) for causal in causals for heavy in (False, True)}
     assert row in chosen
+
+
+@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: str(row.head_dim))
+def test_backward_row_is_one_that_the_kernel_can_be_compiled_for(row):
+    assert row.shared_bytes <= SHARED
+    assert (row.head_dim, row.block_m) in ((64, 128), (128, 64)), "halves of a dq tile are 64 columns or rows"
+    assert row.threads == WARPGROUP_THREADS * 3
+    assert row.reason[:1].isdigit() or row.reason.startswith("unmeasured: ")
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "found"), [((1, 64), 64), ((65, 1), 128), ((64, 128), 128), ((129, 64), None), ((64, 256), None)]
+)
+def test_backward_row_choice(head_dims, found):
+    row = backward_row(*head_dims)
+    assert (row and row.head_dim) == found
 
 
 @rows
