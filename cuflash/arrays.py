@@ -151,7 +151,7 @@ class CupyAdapter(Adapter):
         return array.data.ptr % itemsize == 0 and all(stride % itemsize == 0 for stride in array.strides)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> View:
-        array = self._cupy.empty(shape, NUMPY_DTYPES[dtype])
+        array = self._cupy.ndarray(shape, NUMPY_DTYPES[dtype])
         return View(array.data.ptr, shape, dense_strides(shape), dtype, ("cuda", device_index), array)
 
     def packed(self, array: Array) -> Array:

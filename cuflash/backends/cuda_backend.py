@@ -72,6 +72,9 @@ def warmup(problem: Problem, device_index: int, backward: bool = True) -> None:
     specs = {step.spec for plan in plans for step in plan.steps}
     for _ in module.load_all(specs, device_index):
         pass
+    planners = {"forward": plan_forward, "backward": plan_backward}
+    for plan in plans:
+        _ready(planners[plan.pass_], problem.without_seed(), device_index, stream=0)
 
 
 _launches: dict[tuple[Planner, Problem, int], Launch] = {}  # single reads and writes only, so threads need no lock
