@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,10 +72,10 @@ class Emulation:
         def overridden(choose: Callable[..., object]) -> Callable[..., object]:
             return lambda *args, **keywords: replace(choose(*args, **keywords), **dict(self.tile))
 
-        with (
-            mock.patch.object(cuflash.plan, "row_for", overridden(cuflash.plan.row_for)),
-            mock.patch.object(cuflash.plan, "forward_row", overridden(cuflash.plan.forward_row)),
-        ):
+        with ExitStack() as stack:
+            for name in ("row_for", "forward_row", "backward_row") if self.tile else ():
+                choose = getattr(cuflash.plan, name)
+                stack.enter_context(mock.patch.object(cuflash.plan, name, overridden(choose)))
             yield
 
 

@@ -1,0 +1,135 @@
+"""The Hopper kernels on the host twin: every element against the oracle, with copies and products at any moment."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cases import Case, select
+from cuflash.dropout import keep_mask
+from cuflash.testing import check
+from emulated.emulation import Emulation, Schedule, backward, forward, problem_of
+from emulated.test_backward import operands
+from emulated.test_forward import BY_ID
+
+SEEDS = range(6)
+
+# What every run of the tests takes: each row of tiles, each feature, each edge of lengths and head dimensions.
+QUICK_FORWARD = """
+    length-1 length-65 length-203 length-129x63-causal length-511x2-causal-top-left
+    head-dim-16-16-float16 head-dim-40-40-bfloat16 head-dim-80-80-bfloat16
+    head-dim-128-128-float16 head-dim-192-128-bfloat16 head-dim-192-192-float16
+    head-dim-256-256-float16 head-dim-64-256-bfloat16 heads-6-2 heads-8-1
+    window-5-0-65x203 window--1-3-203x65 window-top-left-empty-tail
+    softcap-float16 alibi-float16 sinks dropout-float16 window+alibi
+    softmax-scale-negative alibi-batch empty-rows-sinks strides-transposed-64 strides-sliced-40
+""".split()
+QUICK_BACKWARD = """
+    length-1 length-65 length-203x113-full length-129x63-causal
+    head-dim-40-40-bfloat16 head-dim-128-128-float16 head-dim-80-80-bfloat16
+    heads-6-2 window-5-0-65x203 window--1-3-203x65 window-top-left-empty-tail
+    alibi-float16 sinks+dlse softmax-scale-negative empty-rows-sinks deterministic strides-transposed-64
+""".split()
+
+# One of each row of tiles, with more tiles than blocks; the features that change the inner loop among them.
+FORWARD_ROWS = {
+    "two consumers in turn": Case("64", seqlen_q=203, seqlen_k=333, num_heads=6, causal=True),
+    "three consumers in turn": Case("64-full", seqlen_q=333, seqlen_k=450),
+    "own output staging": Case("128", seqlen_q=203, seqlen_k=333, head_dim=128, window_size=(150, 40), dropout_p=0.2),
+    "shared output staging": Case("192", seqlen_q=203, seqlen_k=333, head_dim=192, head_dim_v=128, causal=True),
+    "lazy rescaling": Case("256", seqlen_q=203, seqlen_k=333, head_dim=256, softcap=3.0, alibi="head"),
+}
+BACKWARD_ROWS = {
+    "128 queries": Case("64", seqlen_q=333, seqlen_k=333, num_kv_heads=1, causal=True, deterministic=True),
+    "64 queries": Case("128", seqlen_q=203, seqlen_k=333, head_dim=128, alibi="head", deterministic=True),
+}
+
+
+def emulation_of(case: Case) -> Emulation:
+    """Spread schedules and sizes of the device over the cases, the same ones in every run."""
+    number = zlib.crc32(case.id.encode())
+    return Emulation("sm_90a", sm_count=2 + number % 4, schedule=Schedule(number, resident_blocks=1 + number // 4 % 4))
+
+
+def on_hopper(pass_: str) -> list[Case]:
+    """The cases that the plan gives to the Hopper kernel of a pass."""
+    cases = []
+    for case in select():
+        problem = case.problem() if case.strides == "contiguous" else problem_of(case.problem(), case.arrays())
+        if getattr(emulation_of(case), f"plan_{pass_}")(problem).main_entry == f"{pass_}_sm90":
+            cases.append(case)
+    return cases
+
+
+def parameters(pass_: str, quick: list[str]) -> list:
+    return [
+        pytest.param(pass_, case, id=f"{pass_}-{case.id}", marks=[] if case.id in quick else pytest.mark.slow)
+        for case in on_hopper(pass_)
+    ]
+
+
+def sources_of(
+    pass_: str = "", case: Case | None = None, row: str = "", **others: object
+) -> list[tuple[str, tuple[str, ...]]]:
+    pass_ = pass_ or ("forward" if row in FORWARD_ROWS else "backward")
+    case = case or (FORWARD_ROWS | BACKWARD_ROWS)[row]
+    emulation = emulation_of(case)
+    return emulation.sources(getattr(emulation, f"plan_{pass_}")(problem_of(case.problem(), case.arrays())))
+
+
+def run(pass_: str, case: Case, emulation: Emulation) -> dict[str, np.ndarray]:
+    if pass_ == "backward":
+        return backward(*operands(case), emulation)
+    arrays = case.arrays()
+    return forward(problem_of(case.problem(), arrays), arrays, emulation)
+
+
+@pytest.mark.parametrize(
+    ("pass_", "case"), parameters("forward", QUICK_FORWARD) + parameters("backward", QUICK_BACKWARD)
+)
+def test_case(pass_: str, case: Case) -> None:
+    arrays = case.arrays()
+    report = check(run(pass_, case, emulation_of(case)), problem_of(case.problem(), arrays), arrays)
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize(("pass_", "quick"), [("forward", QUICK_FORWARD), ("backward", QUICK_BACKWARD)])
+def test_quick_cases_exist(pass_: str, quick: list[str]) -> None:
+    assert set(quick) <= {case.id for case in on_hopper(pass_)}
+
+
+@pytest.mark.parametrize("row", FORWARD_ROWS | BACKWARD_ROWS)
+def test_same_bits_under_every_schedule(row: str) -> None:
+    pass_ = "forward" if row in FORWARD_ROWS else "backward"
+    case = (FORWARD_ROWS | BACKWARD_ROWS)[row]
+    results = []
+    for seed in SEEDS:
+        emulation = Emulation("sm_90a", sm_count=1 + seed, schedule=Schedule(seed, resident_blocks=1 + seed))
+        results.append(run(pass_, case, emulation))
+    arrays = case.arrays()
+    report = check(results[0], problem_of(case.problem(), arrays), arrays)
+    assert report.ok, f"\n{report}"
+    assert all(result[key].tobytes() == results[0][key].tobytes() for result in results for key in result)
+
+
+def test_drops_what_the_documented_counter_drops() -> None:
+    """With the identity as v, the output is the matrix of probabilities with its holes."""
+    shape = {"batch": 2, "seqlen_q": 203, "seqlen_k": 128, "num_heads": 3, "num_kv_heads": 1, "head_dim_v": 128}
+    case = replace(FORWARD_ROWS["own output staging"], **shape, window_size=None)
+    arrays = case.arrays()
+    arrays.v[...] = np.eye(128, dtype=arrays.v.dtype)[None, :, None]
+    problem = problem_of(case.problem(), arrays)
+    out = forward(problem, arrays, emulation_of(case))["out"]
+    for batch, head in np.ndindex(2, 3):
+        keep = keep_mask(problem.dropout, batch, head, np.arange(203), np.arange(128))
+        np.testing.assert_array_equal(out[batch, :, head] != 0, keep)
+
+
+def test_counter_is_left_for_the_next_launch() -> None:
+    """One block, and more blocks than tiles are left for: whoever draws last, the counter ends at zero."""
+    case = BY_ID["heads-6-2"]
+    for sm_count in (1, 2, 11, 12, 132):
+        run("forward", case, Emulation("sm_90a", sm_count=sm_count, schedule=Schedule(sm_count, resident_blocks=12)))
