@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import nullcontext
+import functools
+import struct
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cuflash import device
 from cuflash.backends import cuda_backend
-from cuflash.cuda import launch, module
+from cuflash.cuda import counters, launch, module, tensor_map
 from cuflash.device import DeviceInfo
 from cuflash.problem import View
+
+COUNTERS = 1 << 36  # address of the tile counters
 
 
 @dataclass
@@ -35,6 +39,7 @@ class FakeDriver:
     launched: list[Launched] = field(default_factory=list)
     compiled: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)  # entry point, options
     opted_in: dict[int, int] = field(default_factory=dict)  # shared memory by handle
+    encoded: list[tuple[int, int]] = field(default_factory=list)  # tensor maps: address, rows of a box
     has_context: bool = True
     capturing: int | None = None  # a stream
     cache_error: OSError | None = None
@@ -59,10 +64,19 @@ class FakeDriver:
         handle, grid, _, _, threads, _, _, shared_bytes, stream, pointers, _ = arguments
         assert self.has_context
         entry = self.entries[handle - 1]
-        forward = {"forward_sm80": launch.FORWARD_PARAMS, "forward_sm90": launch.FORWARD_SM90_PARAMS}
         address = ctypes.c_void_p.from_address(pointers).value
-        content = ctypes.string_at(address, forward.get(entry, launch.BACKWARD_PARAMS).itemsize)
+        content = ctypes.string_at(address, launch.PARAMS.get(entry, launch.BACKWARD_PARAMS).itemsize)
         self.launched.append(Launched(entry, grid, threads, shared_bytes, stream, content))
+
+    def encode_tiled(self, address: int, dtype: int, rank: int, pointer: int, sizes, strides, box, *_: object) -> int:
+        """Write a map of which a test can read the array's address and the rows of a box."""
+        self.encoded.append((pointer, box[1]))
+        ctypes.memmove(address, struct.pack("<QQ112x", pointer, box[1]), tensor_map.BYTES)
+        return 0
+
+    def zeros(self, size: int, dtype: np.dtype) -> SimpleNamespace:
+        assert self.capturing is None, "memory cannot be allocated while a graph is captured"
+        return SimpleNamespace(data=SimpleNamespace(ptr=COUNTERS), itemsize=np.dtype(dtype).itemsize)
 
     def RawModule(self, *, code: str, options: tuple[str, ...]):  # noqa: N802
         return SimpleNamespace(get_function=lambda entry: self.compile(entry, options))
@@ -81,10 +95,26 @@ class FakeDriver:
             driver=self,
             runtime=self,
             nvrtc=FakeNvrtc(self.supported_archs),
-            Device=nullcontext,
+            Device=FakeDevice,
             compiler=SimpleNamespace(CompileException=CompileException),
         )
-        return SimpleNamespace(cuda=cuda, RawModule=self.RawModule)
+        return SimpleNamespace(cuda=cuda, RawModule=self.RawModule, zeros=self.zeros, int32=np.int32)
+
+
+class FakeDevice:
+    """Stands for ``cupy.cuda.Device``."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __enter__(self) -> FakeDevice:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -117,9 +147,11 @@ class CompileException(Exception):
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """An H200 without the H200."""
     fake = FakeDriver()
-    for user in (device, module, launch, cuda_backend):
+    for user in (device, module, launch, counters, cuda_backend):
         monkeypatch.setattr(user, "require_cupy", lambda: fake.cupy)
     monkeypatch.setattr(device, "_query", lambda index: DeviceInfo.named("sm_90a"))
+    monkeypatch.setattr(tensor_map, "_encode_tiled", lambda: fake.encode_tiled)
+    monkeypatch.setattr(launch, "tile_counters", functools.cache(counters.TileCounters))
     monkeypatch.setattr(module, "_kernels", {})
     monkeypatch.setattr(module, "_locks", {})
     monkeypatch.delenv(module.IN_MEMORY, raising=False)

@@ -94,6 +94,17 @@ def test_first_use_under_capture_says_what_to_do(driver):  # noqa: F811
     assert [launched.stream for launched in driver.launched] == [8, 7, 7]
 
 
+@pytest.mark.parametrize("kernels", ["sm80", "sm90"])
+def test_what_is_warm_may_be_captured(driver, kernels):  # noqa: F811
+    views = forward_views()
+    problem = Problem.build({name: views[name] for name in "qkv"}, kernels=kernels, dropout_p=0.5, seed=3)
+    cuda_backend.warmup(problem, 0, backward=False)
+    driver.capturing = 7
+    cuda_backend.forward(problem, 0, views, 7)
+    assert [launched.entry for launched in driver.launched] == [f"forward_{kernels}"]
+    assert len(driver.compiled) == 1
+
+
 def test_number_of_launches_kept_is_bounded(driver, monkeypatch):  # noqa: F811
     monkeypatch.setattr(cuda_backend, "MAX_LAUNCHES", 3)
     views = forward_views()
@@ -101,6 +112,21 @@ def test_number_of_launches_kept_is_bounded(driver, monkeypatch):  # noqa: F811
         cuda_backend.forward(problem_of(views, softmax_scale=scale), 0, views, 0)
         assert len(cuda_backend._launches) <= 3
     assert len(driver.launched) == 5
+
+
+def test_hopper_runs_its_own_kernels_unless_asked_not_to(driver):  # noqa: F811
+    views = backward_views()
+    for kernels in (None, "sm90", "sm80"):
+        problem = problem_of(views, kernels=kernels)
+        cuda_backend.forward(problem, 0, views, 0)
+        cuda_backend.backward(problem, 0, views, 0, Allocations())
+    entries = [launched.entry for launched in driver.launched]
+    assert [entry for entry in entries if entry.endswith(("sm80", "sm90"))] == [
+        *("forward_sm90", "backward_sm90") * 2,
+        *("forward_sm80", "backward_sm80"),
+    ]
+    options = {entry: options[-1] for entry, options in driver.compiled if entry.endswith("sm90")}
+    assert set(options.values()) == {"-arch=sm_90a"}
 
 
 def test_dtype_without_kernels_is_refused(driver):  # noqa: F811
@@ -121,13 +147,14 @@ def test_explain_describes_both_passes_and_knows_loaded_kernels(driver):  # noqa
     assert "168 registers" in cuda_backend.explain(problem, 0)
 
 
-@pytest.mark.parametrize(("backward", "kernels"), [(False, 1), (True, 4)])
-def test_warmup_loads_what_the_passes_launch(driver, backward, kernels):  # noqa: F811
+@pytest.mark.parametrize("kernels", ["sm80", "sm90"])
+@pytest.mark.parametrize(("backward", "number"), [(False, 1), (True, 4)])
+def test_warmup_loads_what_the_passes_launch(driver, backward, number, kernels):  # noqa: F811
     views = backward_views()
-    problem = problem_of(views)
+    problem = problem_of(views, kernels=kernels)
     cuda_backend.warmup(problem, 0, backward=backward)
-    assert len(driver.compiled) == kernels
+    assert len(driver.compiled) == number
     cuda_backend.forward(problem, 0, views, 0)
     if backward:
         cuda_backend.backward(problem, 0, views, 0, Allocations())
-    assert len(driver.compiled) == kernels
+    assert len(driver.compiled) == number

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_driver import addressed, backward_views, driver, forward_views  # noqa: F401 - a fixture
+from fake_driver import COUNTERS, addressed, backward_views, driver, forward_views  # noqa: F401 - a fixture
 
 from cuflash.cuda import launch
 from cuflash.cuda.source import kernels_folder
@@ -38,7 +38,7 @@ def fields(params: np.dtype, prefix: str = ""):
 def test_structs_are_laid_out_as_in_cpp(tmp_path):
     lines = []
     for struct, dtype in launch.STRUCTS.items():
-        lines.append(f'std::printf("{struct} - %zu %zu\\n", sizeof({struct}), std::min(alignof({struct}), 8ul));')
+        lines.append(f'std::printf("{struct} - %zu %zu\\n", sizeof({struct}), alignof({struct}));')
         for name, _, _ in fields(dtype):
             offset, size = f"offsetof({struct}, {name})", f"sizeof((({struct}*)0)->{name})"
             lines.append(f'std::printf("{struct} {name} %zu %zu\\n", {offset}, {size});')
@@ -55,7 +55,10 @@ def test_structs_are_laid_out_as_in_cpp(tmp_path):
     printed = subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout.splitlines()
     expected = []
     for struct, dtype in launch.STRUCTS.items():
-        expected.append(f"{struct} - {dtype.itemsize} {dtype.alignment}")
+        # NumPy aligns maps, which are bytes to it, by where they are placed and by the padding behind them.
+        has_maps = launch.TENSOR_MAP in (field[0] for field in dtype.fields.values())
+        alignment = launch.tensor_map.ALIGNMENT if has_maps else dtype.alignment
+        expected.append(f"{struct} - {dtype.itemsize} {alignment}")
         expected += [f"{struct} {name} {offset} {size}" for name, offset, size in fields(dtype)]
     assert printed == expected
 
@@ -207,35 +210,105 @@ def test_calls_at_the_same_time_have_parameters_of_their_own(driver, monkeypatch
     assert out == {number: (number + 1) << 30 for number in range(threads)}
 
 
-class Counters:
-    """Stands for `TileCounters`: the counter of a stream lies at its number, times 16."""
+@pytest.fixture
+def hopper(driver):  # noqa: F811
+    """A prepared Hopper forward of `forward_views`, and its plan."""
+    plan = plan_forward(problem_of(forward_views(), kernels="sm90"), HOPPER)
+    return launch.Launch(plan, 0), plan
 
-    def address(self, stream: int) -> int:
-        return 16 * stream
+
+def maps_in(params: np.dtype, launched) -> dict[str, tuple[int, int]]:
+    """Address and rows of a box in each tensor map of a struct, as `FakeDriver.encode_tiled` wrote them."""
+    content = read(params, launched.parameters)
+    names = [name for name in params.names if params.fields[name][0] == launch.TENSOR_MAP]
+    return {name: tuple(np.frombuffer(content[name].tobytes(), np.uint64)[:2].tolist()) for name in names}
 
 
-def test_hopper_forward_passes_maps_and_a_counter(driver, monkeypatch):  # noqa: F811
-    encoded = []
-
-    def encode(view: View, rows: int) -> bytes:
-        encoded.append((view.pointer, rows))
-        return len(encoded).to_bytes(1, "little") * launch.tensor_map.BYTES
-
-    monkeypatch.setattr(launch.tensor_map, "encode", encode)
-    monkeypatch.setattr(launch, "tile_counters", lambda device_index: Counters())
-    views = forward_views()
-    plan = plan_forward(problem_of(views, kernels="sm90"), HOPPER)
-    prepared = launch.Launch(plan, 0)
-    for stream in (3, 4):
+def test_hopper_forward_passes_maps_counter_and_constants(driver, hopper):  # noqa: F811
+    prepared, plan = hopper
+    views, step, tile = forward_views(), plan.steps[0], plan.tile
+    for stream in (3, 4, 3):
         prepared(views, 0, None, stream)
-    views["k"].pointer += 256
-    prepared(views, 0, None, 3)
-    boxes = {"q": plan.tile.block_m, "k": plan.tile.block_n, "v": plan.tile.block_n, "out": 64}
-    pointers = {name: views[name].pointer - (256 if name == "k" else 0) for name in boxes}
-    first = [(pointers[name], rows) for name, rows in boxes.items()]
-    assert encoded == [*first, (views["k"].pointer, plan.tile.block_n)], "maps are encoded anew for new addresses only"
-    for launched, maps, counter in zip(driver.launched, ("1234", "1234", "1534"), (48, 64, 48), strict=True):
+    assert {(launched.entry, launched.grid, launched.threads) for launched in driver.launched} == {
+        ("forward_sm90", step.grid, step.threads)
+    }
+    boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "out": 64}
+    expected = {name: (views[name].pointer, rows) for name, rows in boxes.items()}
+    for launched in driver.launched:
         params = read(launch.FORWARD_SM90_PARAMS, launched.parameters)
-        assert "".join(str(params[name].tobytes()[0]) for name in boxes) == maps
-        assert (params["lse"], params["tile_counter"]) == (views["lse"].pointer, counter)
-        assert params["shape"]["seqlen_q"] == 100
+        assert maps_in(launch.FORWARD_SM90_PARAMS, launched) == expected
+        assert (params["lse"], params["shape"]["seqlen_q"]) == (views["lse"].pointer, 100)
+    counters = [read(launch.FORWARD_SM90_PARAMS, one.parameters)["tile_counter"] for one in driver.launched]
+    assert counters == [COUNTERS, COUNTERS + 4, COUNTERS], "one by one for every stream"
+
+
+def test_hopper_constants_are_those_of_the_portable_kernels(driver):  # noqa: F811
+    views = forward_views(alibi_slopes=View.of((2, 4), "float32", ("cuda", 0)))
+    keywords = {"window_size": (7, 3), "softcap": 5.0, "softmax_scale": 0.25, "dropout_p": 0.25}
+    plans = [plan_forward(problem_of(views, kernels=kernels, **keywords), HOPPER) for kernels in ("sm80", "sm90")]
+    portable, hopper = (read(launch.PARAMS[plan.main_entry], launch.constants(plan)) for plan in plans)
+    for name in ("shape", "score", "dropout"):
+        assert portable[name] == hopper[name]
+
+
+def test_maps_are_encoded_once_for_an_address(driver, hopper):  # noqa: F811
+    prepared, plan = hopper
+    views = forward_views()
+    for shift in (0, 0, 256, 0, 256):
+        moved = replace(views["k"], pointer=views["k"].pointer + shift)
+        prepared(views | {"k": moved}, 0, None, 0)
+        assert maps_in(launch.FORWARD_SM90_PARAMS, driver.launched[-1])["k"][0] == moved.pointer
+    assert [pointer for pointer, _ in driver.encoded] == [
+        *(views[name].pointer for name in ("q", "k", "v", "out")),
+        views["k"].pointer + 256,
+    ]
+
+
+def test_number_of_maps_kept_is_bounded(driver, hopper, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(launch, "MAX_MAPS", 3)
+    prepared, _ = hopper
+    for number in range(1, 12):
+        views = {name: replace(view, pointer=view.pointer + 16 * number) for name, view in forward_views().items()}
+        prepared(views, 0, None, 0)
+        assert all(len(one._encoded) <= 3 for one in prepared._maps)
+        found = maps_in(launch.FORWARD_SM90_PARAMS, driver.launched[-1])
+        assert {name: pointer for name, (pointer, _) in found.items()} == {name: views[name].pointer for name in found}
+
+
+def test_captured_launches_have_counters_of_their_own(driver, hopper):  # noqa: F811
+    prepared, _ = hopper
+    driver.capturing = 7
+    for stream in (7, 7, 1):
+        prepared(forward_views(), 0, None, stream)
+    counters = {int(read(launch.FORWARD_SM90_PARAMS, one.parameters)["tile_counter"]) for one in driver.launched}
+    assert len(counters) == 3
+
+
+def test_hopper_backward_passes_maps_to_its_main_kernel_alone(driver):  # noqa: F811
+    views = backward_views(dlse=View.of((2, 4, 100), "float32", ("cuda", 0)))
+    plan = plan_backward(problem_of(views, kernels="sm90"), HOPPER)
+    launch.Launch(plan, 0)(views, 1 << 40, None, stream=6)
+    entries = ["backward_prepare", "backward_sm90", "backward_finish"]
+    assert [(launched.entry, launched.stream) for launched in driver.launched] == [(entry, 6) for entry in entries]
+    prepare, main, finish = driver.launched
+    common = read(launch.BACKWARD_SM90_PARAMS, main.parameters)["common"]
+    assert common.tobytes() == prepare.parameters == finish.parameters
+    assert common["dlse"] == views["dlse"].pointer
+    assert common["padded_seqlen_q"] == plan.padded_seqlen_q
+    assert min(common[name] for name in plan.workspace) == 1 << 40
+    for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
+        assert common[name]["data"] == views[name].pointer
+    tile = plan.tile
+    boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m, "dk": 64, "dv": 64}
+    found = maps_in(launch.BACKWARD_SM90_PARAMS, main)
+    assert found == {name: (views[name].pointer, rows) for name, rows in boxes.items()}
+
+
+def test_maps_are_as_aligned_as_the_driver_and_the_compiler_want_them(driver):  # noqa: F811
+    """A kernel reads them at multiples of 64 bytes of its parameters, which begin at such a multiple."""
+    for params in (launch.FORWARD_SM90_PARAMS, launch.BACKWARD_SM90_PARAMS):
+        offsets = [offset for dtype, offset, *_ in params.fields.values() if dtype == launch.TENSOR_MAP]
+        assert len(offsets) >= 4
+        assert {offset % launch.tensor_map.ALIGNMENT for offset in offsets} == {0}
+        assert params.itemsize % launch.tensor_map.ALIGNMENT == 0
+        assert params.itemsize <= 4096, "all that a launch takes on every driver"
