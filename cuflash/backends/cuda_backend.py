@@ -71,13 +71,14 @@ def warmup(problem: Problem, device_index: int, backward: bool = True) -> None:
 
     After that they may be captured in a CUDA graph.
     """
-    problem = problem.without_seed()
     plans = plan_passes(problem, DeviceInfo.current(device_index))[: 2 if backward else 1]
     specs = {step.spec for plan in plans for step in plan.steps}
     for _ in module.load_all(specs, device_index):
         pass
+    planners = {"forward": plan_forward, "backward": plan_backward}
     with require_cupy().cuda.Device(device_index):
-        _remember((plan_forward, problem, device_index), plans[0])  # tile counters cannot be allocated during a capture
+        for plan in plans:
+            _ready(planners[plan.pass_], problem.without_seed(), device_index, stream=0)
 
 
 _launches: dict[tuple[Planner, Problem, int], Launch] = {}  # single reads and writes only, so threads need no lock
@@ -91,15 +92,9 @@ def _ready(planner: Planner, problem: Problem, device_index: int, stream: int) -
         check_backend_dtype(problem.dtype, "cuda", DTYPES)
         plan = planner(problem, DeviceInfo.current(device_index))
         _check_capture(plan, device_index, stream)
-        launch = _remember(key, plan)
-    return launch
-
-
-def _remember(key: tuple[Planner, Problem, int], plan: Plan) -> Launch:
-    launch = Launch(plan, key[2])
-    if len(_launches) >= MAX_LAUNCHES:
-        _launches.clear()
-    _launches[key] = launch
+        if len(_launches) >= MAX_LAUNCHES:
+            _launches.clear()
+        launch = _launches[key] = Launch(plan, device_index)
     return launch
 
 
