@@ -103,7 +103,9 @@ def attention(
     copy : bool, optional
         None copies an operand whose last axis is not contiguous; False refuses it.
     backend : {None, "numpy", "cuda", "sm80", "sm90"}, optional
-        None chooses by where the arrays are.
+        None chooses by where the arrays are: "numpy" on the CPU, "cuda" on a GPU. "sm80" insists on the portable
+        kernels, which run everything; "sm90" insists on those for Hopper (H100, H200) and raises NotImplementedError
+        where they cannot run the call. "cuda" chooses between the two, and `explain` says which and why.
 
     Returns
     -------
@@ -287,7 +289,7 @@ def supports(
 
 
 def backends() -> tuple[str, ...]:
-    """Names of the backends that this machine can run.
+    """Names of the backends that this machine can run; "sm90" on a Hopper GPU with a compiler that knows it.
 
     >>> import cuflash
     >>> "numpy" in cuflash.backends()
@@ -332,8 +334,15 @@ def explain(q: Array, k: Array, v: Array, *, device: str | None = None, **keywor
     numpy backend, float16, softmax in float32
       forward and backward: tiles of 256 rows and 256 keys, one head group at a time
       memory: out 4.1 MB, lse 0.1 MB, dq, dk and dv 12.3 MB, nothing of size seqlen_q x seqlen_k
-    >>> cuflash.explain(q, q, q, causal=True, device="sm_90a").plans[0].steps[0].grid
-    128
+    >>> forward, backward = cuflash.explain(q, q, q, causal=True, device="sm_90a").plans
+    >>> forward.main_entry, forward.steps[0].grid
+    ('forward_sm90', 128)
+
+    A Hopper GPU runs the portable kernels where its own cannot run the call:
+
+    >>> forward, _ = cuflash.explain(q, q, q, seqused_k=np.int32([1000, 7]), device="sm_90a").plans
+    >>> forward.main_entry, forward.note
+    ('forward_sm80', 'portable kernels: seqused_q and seqused_k need the portable kernels')
     """
     prepared = _prepared(q, k, v, keywords)
     problem = prepared.problem

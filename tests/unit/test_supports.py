@@ -7,6 +7,7 @@ import pytest
 
 import cuflash
 from cuflash.api import FEATURES, UNLANDED
+from cuflash.device import DeviceInfo
 from cuflash.problem import NEAREST
 from cuflash.testing import numpy_dtype
 
@@ -67,4 +68,10 @@ def test_unknown_names_are_refused(name):
 
 
 def test_backends_names_what_runs():
-    assert set(cuflash.backends()) <= {"numpy", "cuda", "sm80"} and "numpy" in cuflash.backends()
+    assert set(cuflash.backends()) <= {"numpy", "cuda", "sm80", "sm90"} and "numpy" in cuflash.backends()
+
+
+@pytest.mark.parametrize(("arch", "names"), [("sm_90a", ("sm80", "sm90")), ("sm_100", ("sm80",)), ("sm_80", ("sm80",))])
+def test_backends_of_a_device(monkeypatch, arch, names):
+    monkeypatch.setattr(DeviceInfo, "current", lambda index: DeviceInfo.named(arch))
+    assert cuflash.backends() == ("numpy", "cuda", *names)
