@@ -94,8 +94,18 @@ SLOW = some(
 )
 
 
+SPILLS = pytest.mark.xfail(strict=True, reason="ALiBi with one cut side costs this backward 12 bytes of registers")
+
+
 def cases(kernels: list[matrix.Kernel], *marks: pytest.MarkDecorator) -> list:
-    return [pytest.param(kernel, id=kernel.id, marks=marks) for kernel in kernels]
+    return [pytest.param(kernel, id=kernel.id, marks=(*marks, *known_spills(kernel))) for kernel in kernels]
+
+
+def known_spills(kernel: matrix.Kernel) -> tuple[pytest.MarkDecorator, ...]:
+    features, config = kernel.features, {name: value for name, _, value in kernel.step.spec.config}
+    one_side = ("causal" in features) != ("window_left" in features)
+    is_narrow_backward = kernel.step.spec.entry == "backward_sm90" and config["head_dim"] == 64
+    return (SPILLS,) if is_narrow_backward and one_side and "alibi" in features else ()
 
 
 def compiled(kernel: matrix.Kernel) -> nvrtc.CompileReport:
