@@ -101,7 +101,7 @@ PARAMS = {  # by a plan's main kernel
     "backward_sm80": BACKWARD_PARAMS,
     "backward_sm90": BACKWARD_SM90_PARAMS,
 }
-MAX_MAPS = 64  # tensor maps remembered per operand of a launch: frameworks hand out the same addresses again and again
+MAX_MAPS = 256  # tensor maps remembered per operand of a launch: one of every layer of a model, again at every step
 OPERANDS_IN_STRUCTS = {
     "seqused_q": ("shape", "used_q"),
     "seqused_k": ("shape", "used_k"),
@@ -234,15 +234,18 @@ class _Map:
         # Results are stored by each warpgroup for itself, everything else is loaded by the tile.
         loaded = {"q": plan.tile.block_m, "dout": plan.tile.block_m, "k": plan.tile.block_n, "v": plan.tile.block_n}
         self._rows = loaded.get(name, WARPGROUP_ROWS)
+        self._encoder: tensor_map.Encoder | None = None
         self._encoded: dict[int, bytes] = {}
 
     def put(self, struct_bytes: bytearray, views: Mapping[str, View]) -> None:
         view = views[self._name]
         encoded = self._encoded.get(view.pointer)
         if encoded is None:
+            if self._encoder is None:
+                self._encoder = tensor_map.Encoder(view, self._rows)
             if len(self._encoded) >= MAX_MAPS:
                 self._encoded.clear()
-            encoded = self._encoded[view.pointer] = tensor_map.encode(view, self._rows)
+            encoded = self._encoded[view.pointer] = self._encoder.encode(view.pointer)
         struct_bytes[self._slice] = encoded
 
 

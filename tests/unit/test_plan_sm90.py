@@ -1,4 +1,7 @@
-"""When a Hopper GPU runs its own forward, how, and what sends it to the portable kernels."""
+"""When a Hopper GPU runs its own forward, how, and what sends it to the portable kernels.
+
+Its backward is in test_plan_backward_sm90.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from cuflash.device import DeviceInfo
-from cuflash.plan import hopper_backward_obstacle, hopper_obstacle, plan_backward, plan_forward, plan_passes
+from cuflash.plan import hopper_obstacle, plan_forward
 from cuflash.problem import Problem, View
 from cuflash.tiles_sm90 import FORWARD
 
@@ -143,79 +146,6 @@ def test_hopper_without_its_compiler_is_a_portable_device():
     """Where NVRTC is too old, `DeviceInfo.current` leaves the letter out."""
     (step,) = plan_forward(problem_of(), replace(HOPPER, arch="sm_90")).steps
     assert (step.spec.entry, step.spec.arch) == ("forward_sm80", "sm_90")
-
-
-PADDED = {name: operand(shape=(2, 1000, 8, 60)) for name in ("q", "k", "v", "out")}
-BACKWARD_OBSTACLES = {
-    **OBSTACLES,
-    "head_dim": (sized(100, 100, 136, 64), "head_dim is 136 and head_dim_v 64; its backward goes up to 128"),
-    "head_dim_v": (sized(100, 100, 64, 256), "head_dim is 64 and head_dim_v 256; its backward goes up to 128"),
-    "rows of dk": (problem_of(PADDED), "head_dim is 60; rows of dk are no multiples of 16 bytes"),
-    "rows of dv": (
-        problem_of({name: PADDED[name] for name in ("v", "out")}),
-        "head_dim_v is 60; rows of dv are no multiples of 16 bytes",
-    ),
-    "dout": (problem_of({"dout": operand(pointer=4)}), f"dout's {ALIGNMENT}"),
-    "broadcast dout": (
-        problem_of({"dout": operand((0, 512, 64, 1))}),
-        "dout has strides (0, 512, 64, 1); the copy engine needs positive ones",
-    ),
-    "softcap": (problem_of(softcap=1.0), "its backward has neither softcap nor dropout yet"),
-    "dropout": (problem_of(dropout_p=0.5), "its backward has neither softcap nor dropout yet"),
-}
-
-
-@pytest.mark.parametrize("name", BACKWARD_OBSTACLES)
-def test_portable_kernels_run_the_backward_that_hopper_kernels_cannot(name):
-    problem, reason = BACKWARD_OBSTACLES[name]
-    plan = plan_backward(problem, HOPPER)
-    assert plan.main_entry == "backward_sm80"
-    assert {step.spec.arch for step in plan.steps} <= {"sm_90"}
-    assert f"\n  portable kernels: {reason}" in plan.explain()
-    message = f"^backend is 'sm90', but {re.escape(reason)}.*; None or 'sm80' runs it$"
-    with pytest.raises(NotImplementedError, match=message):
-        plan_backward(replace(problem, kernels="sm90"), HOPPER)
-
-
-@pytest.mark.parametrize(
-    "problem",
-    [
-        problem_of(),
-        problem_of(kernels="sm90", deterministic=True, causal=True, window_size=(7, 0), softmax_scale=-1.0),
-        problem_of({"alibi_slopes": View.of((8,), "float32"), "dout": operand(), "out": operand()}),
-        sized(1, 777, 40, 128),
-    ],
-    ids=["plain", "features", "operands", "sizes"],
-)
-def test_hopper_runs_its_own_backward(problem):
-    assert hopper_backward_obstacle(problem, HOPPER) is None
-    plan = plan_backward(problem, HOPPER)
-    assert entries(plan) == ["backward_prepare", "backward_sm90", "backward_finish"]
-    assert (plan.main_entry, plan.note) == ("backward_sm90", None)
-    assert [step.spec.arch for step in plan.steps] == ["sm_90", "sm_90a", "sm_90"]
-    layout, tile = problem.layout, plan.tile
-    q_grid, k_grid = (
-        -(-seqlen // block) * 8 * layout.batch
-        for seqlen, block in ((layout.seqlen_q, tile.block_m), (layout.seqlen_k, tile.block_n))
-    )
-    assert [step.grid for step in plan.steps] == [q_grid, k_grid, q_grid]
-    assert ("dq_turn" in plan.workspace) == problem.deterministic
-    assert plan.workspace["dq_accum"][0] == (layout.batch, 8, plan.padded_seqlen_q, tile.head_dim)
-    assert f"tile {tile.block_m}x{tile.block_n}" in plan.explain()
-    assert tile.reason in plan.explain()
-
-
-@pytest.mark.parametrize(
-    ("kernels", "passes"),
-    [
-        (None, ["forward_sm90", "backward_sm80"]),
-        ("sm80", ["forward_sm80", "backward_sm80"]),
-        ("sm90", ["forward_sm90"]),
-    ],
-)
-def test_passes_of_a_call(kernels, passes):
-    plans = plan_passes(sized(300, 300, 256, 256, kernels=kernels), HOPPER)
-    assert [plan.main_entry for plan in plans] == passes
 
 
 FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout", "sinks")
