@@ -161,7 +161,6 @@ FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "drop
         ({"operands": SINKS}, set()),
         ({"deterministic": True}, {"deterministic"}),
     ],
-    ids=str,
 )
 def test_features_are_compiled_in(keywords, on):
     plan = plan_backward(problem_of(**keywords), HOPPER)
