@@ -21,8 +21,8 @@ _Buffer = ctypes.c_char * (BYTES + ALIGNMENT)
 class Encoder:
     """Describes canonical (batch, seqlen, heads, head_dim) arrays that differ in their address alone.
 
-    Boxes are of 64 columns by ``rows`` rows. Columns and rows past the array read as zeros and are not written. Addresses
-    and strides are multiples of 16 bytes.
+    Boxes are of 64 columns by ``rows`` rows. Columns and rows past the array read as zeros and are not written.
+    Addresses and strides are multiples of 16 bytes.
     """
 
     def __init__(self, view: View, rows: int) -> None:
