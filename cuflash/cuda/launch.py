@@ -227,25 +227,27 @@ class _Parameters:
 
 
 class _Map:
-    """The tensor map of one operand. Its strides are the plan's, so its address alone tells one map from another."""
+    """The tensor maps of one operand: by address, and by strides, which are the caller's layout's where we allocate."""
 
     def __init__(self, name: str, offset: int, plan: Plan) -> None:
         self._name, self._slice = name, slice(offset, offset + tensor_map.BYTES)
         # Results are stored by each warpgroup for itself, everything else is loaded by the tile.
         loaded = {"q": plan.tile.block_m, "dout": plan.tile.block_m, "k": plan.tile.block_n, "v": plan.tile.block_n}
         self._rows = loaded.get(name, WARPGROUP_ROWS)
-        self._encoder: tensor_map.Encoder | None = None
-        self._encoded: dict[int, bytes] = {}
+        self._encoders: dict[tuple[int, ...], tensor_map.Encoder] = {}
+        self._encoded: dict[tuple[int, tuple[int, ...]], bytes] = {}
 
     def put(self, struct_bytes: bytearray, views: Mapping[str, View]) -> None:
         view = views[self._name]
-        encoded = self._encoded.get(view.pointer)
+        key = view.pointer, view.strides
+        encoded = self._encoded.get(key)
         if encoded is None:
-            if self._encoder is None:
-                self._encoder = tensor_map.Encoder(view, self._rows)
+            encoder = self._encoders.get(view.strides)
+            if encoder is None:
+                encoder = self._encoders[view.strides] = tensor_map.Encoder(view, self._rows)
             if len(self._encoded) >= MAX_MAPS:
                 self._encoded.clear()
-            encoded = self._encoded[view.pointer] = self._encoder.encode(view.pointer)
+            encoded = self._encoded[key] = encoder.encode(view.pointer)
         struct_bytes[self._slice] = encoded
 
 

@@ -19,6 +19,13 @@ from cases import Case
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 9  # exit code of a tool that found something
+# Reports that a tool makes because it does not follow the copy engine: which text marks one, and why it is none.
+KNOWN = {
+    "racecheck": (
+        "arch::copy_bytes_to_shared",
+        "racecheck does not see that an mbarrier orders a bulk copy without a tensor map; tests/emulated does",
+    )
+}
 # Small, because a tool slows a kernel a hundredfold; odd lengths, so that every edge is met.
 FAMILIES = [
     Case("d64-causal", seqlen_q=145, seqlen_k=203, causal=True),
@@ -44,6 +51,8 @@ def child() -> int:
         names = ("q", "k", "v", "dout", "dlse", "alibi_slopes", "sinks", "seqused_q", "seqused_k")
         given = {name: getattr(arrays, name) for name in names if getattr(arrays, name) is not None}
         operands = {name: to_device(cupy, array) for name, array in given.items()}
+        # initcheck does not see what the copy engine writes: the backward reads an output that was written twice.
+        operands["out"] = cupy.zeros(case.problem().out_shape, operands["q"].dtype)
         results = both_passes(operands, **case.keywords)
         report = check({name: cupy.asnumpy(array) for name, array in results.items()}, case.problem(), arrays)
         wrong += not report.ok
@@ -68,6 +77,14 @@ def errors_in(text: str) -> int | None:
     return sum(int(number) for pair in found for number in pair if number) if found else None
 
 
+def known_in(text: str, tool: str) -> int:
+    """How many of racecheck's reports, each from its first line to an empty one, are known to be none."""
+    if tool not in KNOWN:
+        return 0
+    reports = re.findall(r"Race reported between .*?(?=\n=+ *\n)", text, flags=re.DOTALL)
+    return sum(KNOWN[tool][0] in report for report in reports)
+
+
 def run_tool(tool: str, timeout: float) -> dict[str, object]:
     command = [
         "compute-sanitizer",
@@ -88,7 +105,11 @@ def run_tool(tool: str, timeout: float) -> dict[str, object]:
     errors = errors_in(text)
     entry: dict[str, object] = {"outcome": "passed", "errors": errors, "seconds": round(time.perf_counter() - begin, 1)}
     entry["cases"] = [case.id for case in FAMILIES]
-    if done.returncode or errors:
+    known = known_in(text, tool)
+    if known:
+        entry |= {"known": known, "known_reason": KNOWN[tool][1]}
+    wrong = done.returncode not in (0, FOUND) or "WRONG" in text
+    if wrong or errors is None or errors > known or (done.returncode and not known):
         entry |= {"outcome": "failed", "reason": f"exit code {done.returncode}"}
         print(text[-6000:])
     return entry

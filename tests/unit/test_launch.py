@@ -264,6 +264,17 @@ def test_maps_are_encoded_once_for_an_address(driver, hopper):  # noqa: F811
     ]
 
 
+def test_maps_of_one_address_differ_by_strides(driver, hopper):  # noqa: F811
+    """Results that we allocate have the strides of the caller's layout, which a plan does not know."""
+    prepared, _ = hopper
+    views = forward_views()
+    batch, seqlen, heads, head_dim = views["out"].shape
+    swapped = replace(views["out"], strides=(seqlen * heads * head_dim, head_dim, seqlen * head_dim, 1))
+    for out in (views["out"], swapped, views["out"]):
+        prepared(views | {"out": out}, 0, None, 0)
+    assert [pointer for pointer, _ in driver.encoded].count(views["out"].pointer) == 2
+
+
 def test_number_of_maps_kept_is_bounded(driver, hopper, monkeypatch):  # noqa: F811
     monkeypatch.setattr(launch, "MAX_MAPS", 3)
     prepared, _ = hopper
