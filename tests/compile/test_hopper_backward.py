@@ -58,11 +58,24 @@ def products(loop: list[str]) -> list[str]:
     return [re.match(r"HGMMA\.(64x\d+)x16", line)[1] for line in loop if line.startswith("HGMMA")]
 
 
+# Added to the main kernel: what plan.py reserves is what the kernel lays out.
+LAYOUT = """
+static_assert(KeysAndValues::kBytes + Queries::kBytes + Douts::kBytes + 2 * kDsBytes + kConsumers * kDqHalf * 4 +
+              KeysAndValues::kBarriersBytes + Queries::kBarriersBytes + Douts::kBarriersBytes == {shared_bytes});
+static_assert(kBlockM == {block_m} && kBlockN == {block_n} && kThreads == {threads});
+"""
+
+
 def checked(kernel: matrix.Kernel) -> nvrtc.CompileReport:
-    report = nvrtc.compile_spec(kernel.step.spec)
+    step, tile = kernel.step, kernel.plan.tile
+    text = translation_unit(step.spec)
+    if kernel.is_main:
+        sizes = {"block_m": tile.block_m, "block_n": tile.block_n, "threads": step.threads}
+        text += LAYOUT.format(shared_bytes=step.shared_bytes, **sizes)
+    report = nvrtc.compile_text(text, step.spec.arch, name=step.spec.source)
     assert (report.spill_stores, report.spill_loads, report.stack) == (0, 0, 0), f"{report.registers} registers"
     assert report.warnings == (), "C7508 to C7515: products wait for each other, or registers do not suffice"
-    assert kernel.plan.device.blocks_per_sm(kernel.step.threads, kernel.step.shared_bytes, report.registers) >= 1
+    assert kernel.plan.device.blocks_per_sm(step.threads, step.shared_bytes, report.registers) >= step.min_blocks
     return report
 
 
@@ -76,18 +89,29 @@ def check_order(sass: str, row: BackwardRow) -> None:
     assert found == expected
 
 
+SPILLS = pytest.mark.xfail(strict=True, reason="ALiBi with one cut side costs 128 queries 12 bytes of registers")
+
+
+def marks(row: BackwardRow, features: tuple[str, ...], dtype: str) -> list[pytest.MarkDecorator]:
+    """Quick are the masks that were measured."""
+    spills = row.block_m == 128 and "alibi" in features and ("causal" in features) != ("window_left" in features)
+    is_quick = features in QUICK_MASKS and dtype == "bfloat16"
+    return [SPILLS] * spills + [pytest.mark.slow] * (not is_quick)
+
+
 def cases() -> list:
-    """The masks that were measured; all else is slow: windows, every other feature alone and with both, float16."""
-    extras = [(*mask, name) for name in ("alibi", "negative_scale", "deterministic") for mask in (MASKS[0], MASKS[3])]
+    """Every mask, alone and with each other feature, and with all that change the main loop together."""
+    others = [("alibi",), ("negative_scale",), ("deterministic",), ("alibi", "deterministic")]
+    features = [*MASKS, *((*mask, *other) for other in others for mask in MASKS)]
     return [
         pytest.param(
             row,
-            features,
+            names,
             dtype,
-            id=f"head_dim{row.head_dim}-{'+'.join(features) or 'plain'}-{dtype}",
-            marks=() if features in QUICK_MASKS and dtype == "bfloat16" else pytest.mark.slow,
+            id=f"head_dim{row.head_dim}-{'+'.join(names) or 'plain'}-{dtype}",
+            marks=marks(row, names, dtype),
         )
-        for row, features, dtype in itertools.product(BACKWARD, [*MASKS, *extras], ("bfloat16", "float16"))
+        for row, names, dtype in itertools.product(BACKWARD, features, ("bfloat16", "float16"))
     ]
 
 

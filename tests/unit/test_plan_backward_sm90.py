@@ -179,8 +179,8 @@ def test_values_and_sizes_are_not_compiled_in():
     assert len({plan_backward(problem, HOPPER).steps[1].spec for problem in problems}) == 1
 
 
-def test_narrow_rows_of_out_or_lse_change_nothing_of_the_widths():
-    """Every array of this backward has rows of whole 16 bytes: the preparation reads and the conversion writes them."""
+def test_rows_are_read_and_written_by_16_bytes():
+    """Every array that the Hopper backward runs has rows of whole 16 bytes."""
     for problem in (problem_of(), problem_of(72, 8), problem_of(8, 120)):
         prepare, _, finish = plan_backward(problem, HOPPER).steps
         assert (config_of(prepare)["load_bytes"], config_of(finish)["store_bytes"]) == (16, 16)
