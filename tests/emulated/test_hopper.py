@@ -74,10 +74,16 @@ def parameters(pass_: str, quick: list[str]) -> list:
 def sources_of(
     pass_: str = "", case: Case | None = None, row: str = "", **others: object
 ) -> list[tuple[str, tuple[str, ...]]]:
-    pass_ = pass_ or ("forward" if row in FORWARD_ROWS else "backward")
-    case = case or (FORWARD_ROWS | BACKWARD_ROWS)[row]
+    if row:
+        pass_, case = row_of(row)
+    if case is None:
+        return []
     emulation = emulation_of(case)
     return emulation.sources(getattr(emulation, f"plan_{pass_}")(problem_of(case.problem(), case.arrays())))
+
+
+def row_of(row: str) -> tuple[str, Case]:
+    return ("forward", FORWARD_ROWS[row]) if row in FORWARD_ROWS else ("backward", BACKWARD_ROWS[row])
 
 
 def run(pass_: str, case: Case, emulation: Emulation) -> dict[str, np.ndarray]:
@@ -103,8 +109,7 @@ def test_quick_cases_exist(pass_: str, quick: list[str]) -> None:
 
 @pytest.mark.parametrize("row", FORWARD_ROWS | BACKWARD_ROWS)
 def test_same_bits_under_every_schedule(row: str) -> None:
-    pass_ = "forward" if row in FORWARD_ROWS else "backward"
-    case = (FORWARD_ROWS | BACKWARD_ROWS)[row]
+    pass_, case = row_of(row)
     results = []
     for seed in SEEDS:
         emulation = Emulation("sm_90a", sm_count=1 + seed, schedule=Schedule(seed, resident_blocks=1 + seed))

@@ -92,6 +92,17 @@ def test_params_mirror_the_probes() -> None:
     assert ctypes.sizeof(HopperParams) % tensor_map.ALIGNMENT == 0
 
 
+@pytest.mark.parametrize("pattern", [r"kHigh = (.+?);", r": (low\(.+?\)) \{\}"])
+def test_descriptors_are_built_as_on_the_device(pattern: str) -> None:
+    """The twin decodes every bit of a descriptor, but its `ProductOperand` is a copy: the same words make both."""
+    device, host = (
+        re.findall(pattern, (folder / "arch/sm90.cuh").read_text(), re.DOTALL)
+        for folder in (source.kernels_folder(), twin.TWIN_FOLDER)
+    )
+    assert len(host) == 1
+    assert device == host
+
+
 # ---- what the instructions compute ---------------------------------------------------------------------------------
 
 

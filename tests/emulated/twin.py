@@ -22,7 +22,15 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 TWIN_FOLDER = Path(__file__).parent / "twin"
-MACHINE_PARTS = ("scheduler", "shared_memory", "barriers", "copy_engine", "tensor_cores")
+MACHINE_PARTS = (
+    "scheduler",
+    "threads",
+    "shared_memory",
+    "background",
+    "barriers",
+    "copy_engine",
+    "tensor_cores",
+)
 WARP_SIZE = 32
 
 # Contracted multiply-adds would differ from machine to machine; fresh locals hold a pattern, so that a register that a

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kBarrierBytes = 8;
 constexpr int kMaxArrivals = (1 << 20) - 1;
+constexpr int kMaxBytes = (1 << 20) - 1;
 constexpr int kRegistersOfBlock = 65536;
 constexpr int kLargestEntry = 248;  // registers of a thread at the start of a small block
 
@@ -36,6 +37,7 @@ void arrive(Mbarrier& barrier, uint32_t address, int expected_bytes, Where where
   if (barrier.missing_arrivals == 0)
     fail(where, "one arrival too many in a phase of the barrier at shared offset %u, which is for %d", address - kSharedBase,
          barrier.arrivals_of_phase);
+  if (expected_bytes > kMaxBytes) fail(where, "announces %d bytes; a barrier counts to %d", expected_bytes, kMaxBytes);
   --barrier.missing_arrivals;
   barrier.missing_bytes += expected_bytes;
   barrier.gathered.join(block->shared.told_by_thread(thread));

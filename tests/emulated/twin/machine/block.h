@@ -76,7 +76,15 @@ extern int thread;
 extern Random schedule;
 
 inline int warp_index() { return thread / kLanes; }
+inline Lane& this_lane() { return block->lanes[thread]; }
+inline uint32_t this_bit() { return 1u << (thread % kLanes); }
 
+// What `fail` throws.
+struct Failure {};
+
+void switch_to_scheduler();
+// The running lane cannot go on: another lane of its warp does, or the scheduler decides.
+void run_another_lane();
 // Takes the running lane out of the race until somebody calls `unpark` for it. `format` says what it waits for.
 void park(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
 void unpark(Block& its_block, int its_thread);

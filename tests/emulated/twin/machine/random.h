@@ -1,3 +1,4 @@
+// What a seed decides.
 #pragma once
 
 #include <cstdint>

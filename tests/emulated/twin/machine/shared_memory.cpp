@@ -3,20 +3,6 @@
 #include <cstring>
 
 namespace twin {
-namespace {
-
-constexpr unsigned char kPoison = 0xff;
-constexpr int kGranule = 2;  // the smallest access that a kernel makes
-constexpr int kPiece = 16;
-constexpr int kGranulesOfPiece = kPiece / kGranule;
-
-int first_granule(uint32_t offset) { return static_cast<int>(offset / kGranule); }
-int end_granule(uint32_t offset, int bytes) { return static_cast<int>((offset + bytes) / kGranule); }
-int first_piece(uint32_t offset) { return static_cast<int>(offset / kPiece); }
-int end_piece(uint32_t offset, int bytes) { return static_cast<int>((offset + bytes + kPiece - 1) / kPiece); }
-
-}  // namespace
-
 void SharedMemory::reset(uint32_t bytes, int num_warps, bool detect_races) {
   bytes_.assign(bytes, kPoison);
   shadow_.assign(bytes / kGranule, Shadow());
@@ -103,13 +89,7 @@ void SharedMemory::read(int thread, uint32_t address, void* to, int bytes, Where
     const uint32_t offset = address - kSharedBase;
     note_accessor(thread);
     check_read(thread, offset, bytes, where);
-    if (!pieces_.empty())
-      for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
-        const Piece& piece = pieces_[index];
-        if (piece.landings_under_way) fail_background("reads", "is being copied to", piece, index, where);
-        if (piece.landed >= known_[thread / kLanes].until[kCopyEngine])
-          fail_background("reads", "was copied to, with no wait for its barrier,", piece, index, where);
-      }
+    if (!pieces_.empty()) check_landed(thread, "reads", offset, bytes, where);
   }
   std::memcpy(to, from, bytes);
 }
@@ -120,13 +100,7 @@ void SharedMemory::write(int thread, uint32_t address, const void* from, int byt
     const uint32_t offset = address - kSharedBase;
     note_accessor(thread);
     check_write(thread, offset, bytes, where);
-    if (!pieces_.empty())
-      for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
-        check_ordered_with_background(pieces_[index], thread, "writes", index, where);
-        pieces_[index].was_written = true;
-        ++pieces_[index].unfenced_writes;
-        unfenced_[thread].push_back(index);
-      }
+    if (!pieces_.empty()) note_ordinary_write(thread, offset, bytes, where);
   }
   std::memcpy(to, from, bytes);
 }
@@ -152,127 +126,6 @@ void SharedMemory::land_copy(int thread, uint32_t address, const void* from, int
     check_write(thread, offset, bytes, where);
   }
   std::memcpy(to, from, bytes);
-}
-
-// ---- the other way ------------------------------------------------------------------------------------------------------------------
-
-// Ordinary writes from before count as not fenced.
-void SharedMemory::begin_pieces() {
-  if (!pieces_.empty() || !detect_races_) return;
-  pieces_.resize((bytes_.size() + kPiece - 1) / kPiece);
-  for (size_t granule = 0; granule < shadow_.size(); ++granule) {
-    const Access& write = shadow_[granule].write;
-    if (write.extent == kNobody || shadow_[granule].is_barrier) continue;
-    const int index = static_cast<int>(granule) / kGranulesOfPiece;
-    pieces_[index].was_written = true;
-    ++pieces_[index].unfenced_writes;
-    unfenced_[write.thread].push_back(index);
-  }
-}
-
-void SharedMemory::check_ordered_with_background(const Piece& piece, int thread, const char* verb, int index, Where where) const {
-  if (piece.landings_under_way) fail_background(verb, "is being copied to", piece, index, where);
-  if (piece.reads_under_way) fail_background(verb, "has still to be read", piece, index, where);
-  const Knowledge& known = known_[thread / kLanes];
-  for (int warp = 0; warp < kMaxWarps; ++warp)
-    if (piece.reads[warp] >= known.until[background_of(warp)])
-      fail_background(verb, "was read, with no barrier in between,", piece, index, where);
-}
-
-void SharedMemory::begin_landing(int thread, uint32_t address, int bytes, Where where) {
-  begin_pieces();
-  unsigned char* to = locate(address, bytes, kPiece, where);
-  if (detect_races_) {
-    const uint32_t offset = address - kSharedBase;
-    for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
-      Piece& piece = pieces_[index];
-      check_ordered_with_background(piece, thread, "copies to", index, where);
-      if (piece.unfenced_writes)
-        fail_background("copies to, with a missing proxy fence,", "was last read or copied to", piece, index, where);
-      piece.was_written = false;
-      piece.where = where;
-      ++piece.landings_under_way;
-    }
-    check_write(thread, offset, bytes, where);
-    for (int granule = first_granule(offset); granule < end_granule(offset, bytes); ++granule) shadow_[granule].write = Access();
-  }
-  std::memset(to, kPoison, bytes);
-}
-
-void SharedMemory::land(uint32_t address, const void* from, int bytes) {
-  std::memcpy(bytes_.data() + (address - kSharedBase), from, bytes);
-}
-
-void SharedMemory::end_landing(uint32_t address, int bytes) {
-  if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
-  for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
-    --pieces_[index].landings_under_way;
-    pieces_[index].landed = clock_;
-  }
-}
-
-void SharedMemory::begin_background_read(int thread, uint32_t address, int bytes, Where where) {
-  begin_pieces();
-  locate(address, bytes, kPiece, where);
-  if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
-  for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
-    Piece& piece = pieces_[index];
-    if (piece.landings_under_way) fail_background("starts to read", "is being copied to", piece, index, where);
-    if (piece.landed >= known_[thread / kLanes].until[kCopyEngine])
-      fail_background("starts to read", "was copied to, with no wait for its barrier,", piece, index, where);
-    if (piece.was_written) {
-      const int begin = index * kGranulesOfPiece;
-      for (int granule = begin; granule < begin + kGranulesOfPiece; ++granule) {
-        const Access& write = shadow_[granule].write;
-        if (piece.unfenced_writes && write.extent != kNobody)
-          fail_race("starts to read, with a missing proxy fence,", "was written", write, granule * kGranule, where);
-        if (!is_ordered(write, thread, granule)) fail_race("starts to read", "was written", write, granule * kGranule, where);
-      }
-    }
-    piece.where = where;
-    ++piece.reads_under_way;
-  }
-}
-
-void SharedMemory::end_background_read(int warp, uint32_t address, int bytes) {
-  if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
-  for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
-    --pieces_[index].reads_under_way;
-    pieces_[index].reads[warp] = clock_;
-  }
-  known_[warp].until[background_of(warp)] = ++clock_;
-}
-
-void SharedMemory::peek(uint32_t address, void* to, int bytes) const {
-  std::memcpy(to, bytes_.data() + (address - kSharedBase), bytes);
-}
-
-void SharedMemory::fence_proxy(int thread) {
-  begin_pieces();
-  if (pieces_.empty()) return;
-  for (const int index : unfenced_[thread]) --pieces_[index].unfenced_writes;
-  unfenced_[thread].clear();
-}
-
-void SharedMemory::make_barrier(int thread, uint32_t address, int bytes, Where where) {
-  begin_pieces();
-  locate(address, bytes, bytes, where);
-  if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
-  note_accessor(thread);
-  check_write(thread, offset, bytes, where);
-  for (int granule = first_granule(offset); granule < end_granule(offset, bytes); ++granule) shadow_[granule].is_barrier = true;
-}
-
-void SharedMemory::check_barrier(int thread, uint32_t address, Where where) {
-  if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
-  const int granule = first_granule(offset);
-  if (!is_ordered(shadow_[granule].write, thread, granule))
-    fail_race("uses the barrier", "was made", shadow_[granule].write, offset, where);
 }
 
 // ---- knowledge ----------------------------------------------------------------------------------------------------------------------
@@ -316,11 +169,6 @@ Knowledge SharedMemory::told_by_warp(int warp) {
 void SharedMemory::fail_race(const char* verb, const char* earlier_verb, const Access& earlier, uint32_t offset, Where where) const {
   fail(where, "race: this thread %s shared offset %u, which %s by warp %d lane %d at %s:%d with no barrier in between", verb,
        offset, earlier_verb, earlier.thread / kLanes, earlier.thread % kLanes, earlier.file, earlier.line);
-}
-
-void SharedMemory::fail_background(const char* verb, const char* what, const Piece& piece, int index, Where where) const {
-  fail(where, "race: this thread %s shared offset %d, which %s at %s:%d", verb, index * kPiece, what, piece.where.file,
-       piece.where.line);
 }
 
 }  // namespace twin

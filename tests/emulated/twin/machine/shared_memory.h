@@ -94,6 +94,8 @@ class SharedMemory {
   bool is_ordered(const Access& earlier, int thread, int granule) const;
   void check_read(int thread, uint32_t offset, int bytes, Where where);
   void check_write(int thread, uint32_t offset, int bytes, Where where);
+  void check_landed(int thread, const char* verb, uint32_t offset, int bytes, Where where) const;
+  void note_ordinary_write(int thread, uint32_t offset, int bytes, Where where);
   void check_ordered_with_background(const Piece& piece, int thread, const char* verb, int index, Where where) const;
   void note_accessor(int thread);
   [[noreturn]] void fail_race(const char* verb, const char* earlier_verb, const Access& earlier, uint32_t offset, Where where) const;
@@ -110,7 +112,12 @@ class SharedMemory {
   Time clock_ = 1;
   bool detect_races_ = true;
 
-  static constexpr int kNone = -1, kSeveral = -2;
+  static constexpr int kNone = -1, kSeveral = -2;  // of accessor_
+  static constexpr unsigned char kPoison = 0xff;
+  static constexpr int kGranule = 2;  // the smallest access that a kernel makes
+
+  static int first_granule(uint32_t offset) { return static_cast<int>(offset / kGranule); }
+  static int end_granule(uint32_t offset, int bytes) { return static_cast<int>((offset + bytes) / kGranule); }
 };
 
 }  // namespace twin
