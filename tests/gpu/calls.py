@@ -36,7 +36,7 @@ def both_passes(operands: dict, **keywords) -> dict:
     """out, lse and gradients by name, from canonical CuPy operands by name."""
     q, k, v = (operands[name] for name in OPERANDS)
     keywords |= {name: operands[name] for name in FEATURES if name in operands}
-    out, lse = cuflash.attention(q, k, v, return_lse=True, out=operands.get("out"), **keywords)
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **keywords)
     gradients = cuflash.attention_backward(
         operands["dout"], q, k, v, out, lse, dlse=operands.get("dlse"), **keywords
     )  # fmt: skip
