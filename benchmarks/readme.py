@@ -21,6 +21,7 @@ from benchmarks.run import OURS
 from benchmarks.workloads import Cell
 
 README = ROOT / "README.md"
+PORTABLE, PORTABLE_PEER = "cuflash_sm80", "torch_flash"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end: \2 -->)", flags=re.DOTALL)
 
 Row = Mapping[str, str]
@@ -115,30 +116,42 @@ def compare(mine: float | None, peers: Mapping[str, float]) -> tuple[str, str, s
 
 
 def ratios(by_call: Mapping[tuple[Cell, str], Mapping[str, float]]) -> str:
-    """Per pass and peer: over how many cells, the geometric mean of ours to theirs, and the worst of them."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    """Per pass and peer: over how many cells, the geometric mean of ours to theirs, and the worst of them.
+
+    The portable kernels are held against the peer that uses the same instructions, PyTorch's FlashAttention-2.
+    """
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
     for (cell, pass_), rates in by_call.items():
         mine, peers = split(rates)
         for name, rate in peers.items() if mine else ():
-            found.setdefault((pass_, name), {})[cell.name] = mine / rate
+            found.setdefault((pass_, "cuflash", name), {})[cell.name] = mine / rate
+        if PORTABLE in rates and PORTABLE_PEER in rates:
+            ratio = rates[PORTABLE] / rates[PORTABLE_PEER]
+            found.setdefault((pass_, PORTABLE, PORTABLE_PEER), {})[cell.name] = ratio
     lines = []
-    for (pass_, name), values in sorted(found.items(), reverse=True):
+    for (pass_, ours, name), values in sorted(found.items(), reverse=True):
         worst = min(values, key=values.get)
         mean = statistics.geometric_mean(values.values())
-        lines.append((PASS_TITLES[pass_], name, len(values), f"{mean:.2f}", f"{values[worst]:.2f} ({worst})"))
-    return table(("pass", "cuflash against", "cells", "geometric mean of the ratios", "worst"), lines)
+        lines.append((PASS_TITLES[pass_], ours, name, len(values), f"{mean:.2f}", f"{values[worst]:.2f} ({worst})"))
+    return table(("pass", "ours", "against", "cells", "geometric mean of the ratios", "worst"), lines)
 
 
 def memory(results: Path) -> str:
-    rows = newest_rows(results / "memory.csv", "provider", "pass", *PROBLEM_COLUMNS)
+    """Extra memory, a line a cell, a column a provider."""
+    rows = [
+        row for row in newest_rows(results / "memory.csv", "provider", "pass", *PROBLEM_COLUMNS) if row["extra_bytes"]
+    ]
     if not rows:
         return "No record yet: `python -m benchmarks.memory`."
-    lines = [
-        (row["provider"], cell_of(row).name, pass_of(row), f"{float(row['extra_bytes']) / 2**20:.1f}")
-        for row in rows
-        if row["extra_bytes"]
-    ]
-    return table(("provider", "cell", "pass", "extra memory, MiB"), lines) + taken_on(rows)
+    extra = {(cell_of(row).name, row["provider"], row["pass"]): float(row["extra_bytes"]) / 2**20 for row in rows}
+    providers = dict.fromkeys(row["provider"] for row in rows)
+
+    def entry(cell: str, provider: str) -> str:
+        found = (extra.get((cell, provider, pass_)) for pass_ in PASS_TITLES)
+        return " / ".join("–" if mib is None else f"{mib:,.0f}" for mib in found)
+
+    lines = [(cell, *(entry(cell, name) for name in providers)) for cell in dict.fromkeys(cell for cell, _, _ in extra)]
+    return table(("forward / backward, MiB", *providers), lines) + taken_on(rows)
 
 
 def host(results: Path) -> str:

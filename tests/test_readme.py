@@ -107,14 +107,15 @@ def test_speed_compares_within_the_newest_run(tmp_path):
     measured = [
         ("cuflash", "old", 100, True), ("torch_flash", "old", 400, True),
         ("cuflash", "new", 300, True), ("torch_flash", "new", 200, True),
-        ("fa3", "new", 250, True), ("fa4", "new", 999, False),
+        ("fa3", "new", 250, True), ("fa4", "new", 999, False), ("cuflash_sm80", "new", 220, True),
     ]  # fmt: skip
     names = ("provider", "run", "tflops", "ok")
     rows = [ENVIRONMENT | PROBLEM | {"pass": "fwd"} | dict(zip(names, values, strict=True)) for values in measured]
     append_rows(tmp_path / "speed.csv", SPEED_COLUMNS, rows)
     lines = readme.speed(tmp_path).splitlines()
     assert f"| {CELL} | 300 | 250 (fa3) | 1.20 | – | – | – |" in lines
-    assert f"| forward | torch_flash | 1 | 1.50 | 1.50 ({CELL}) |" in lines
+    assert f"| forward | cuflash | torch_flash | 1 | 1.50 | 1.50 ({CELL}) |" in lines
+    assert f"| forward | cuflash_sm80 | torch_flash | 1 | 1.10 | 1.10 ({CELL}) |" in lines
     assert not any("fa4" in line for line in lines)
     assert lines[-1] == TAKEN_ON
 
@@ -122,7 +123,7 @@ def test_speed_compares_within_the_newest_run(tmp_path):
 @pytest.mark.parametrize(
     ("part", "file", "columns", "row", "line"),
     [
-        ("memory", "memory.csv", memory.COLUMNS, {"extra_bytes": 1 << 20}, f"| cuflash | {CELL} | backward | 1.0 |"),
+        ("memory", "memory.csv", memory.COLUMNS, {"extra_bytes": 1 << 20}, f"| {CELL} | – / 1 |"),
         ("host", "host_overhead.csv", host.HOST_COLUMNS, {"us_per_call": 17}, "| cuflash | cupy | backward | 17 |"),
         ("host", "compile.csv", host.COMPILE_COLUMNS, {"seconds": 0.5}, f"| {CELL} | backward | disk | 0.5 |"),
         ("energy", "energy.csv", energy.COLUMNS, {"joules_per_call": 9}, f"| cuflash | {CELL} | backward | 9 |"),
