@@ -89,7 +89,7 @@ FORWARD_BUGS = [
     forward_bug("warpgroups multiply the same rows", error=WrongAnswer,
         before="operand_a(a + row_a * kChunkRowBytes, 16), operand_b(b, 16)",
         after="operand_a(a, 16), operand_b(b, 16)"),
-    forward_bug("warpgroups store the same rows", error=TwinError, message=RACE,
+    forward_bug("warpgroups store the same rows", error=TwinError, message=f"{PROXY}|{RACE}",
         before="shared.out + (c * kBlockM + group_row)", after="shared.out + (c * kBlockM)"),
     forward_bug("output staged before the last one has left", error=TwinError, message=OVERWRITTEN,
         before="if (storer) arch::copy_to_global_wait_read();  // the previous", after="// the previous"),

@@ -14,6 +14,7 @@ from cuflash.testing import check
 from emulated.emulation import Emulation, Schedule, backward, forward, problem_of
 from emulated.test_backward import operands
 from emulated.test_forward import BY_ID
+from emulated.twin import TwinError
 
 SEEDS = range(6)
 
@@ -40,6 +41,7 @@ FORWARD_ROWS = {
     "three consumers in turn": Case("64-full", seqlen_q=333, seqlen_k=450),
     "own output staging": Case("128", seqlen_q=203, seqlen_k=333, head_dim=128, window_size=(150, 40), dropout_p=0.2),
     "shared output staging": Case("192", seqlen_q=203, seqlen_k=333, head_dim=192, head_dim_v=128, causal=True),
+    "tiles without keys": Case("empty", seqlen_q=403, seqlen_k=80, head_dim=192, window_size=(9, 0), causal="top_left"),
     "lazy rescaling": Case("256", seqlen_q=203, seqlen_k=333, head_dim=256, softcap=3.0, alibi="head"),
 }
 BACKWARD_ROWS = {
@@ -107,7 +109,13 @@ def test_quick_cases_exist(pass_: str, quick: list[str]) -> None:
     assert set(quick) <= {case.id for case in on_hopper(pass_)}
 
 
-@pytest.mark.parametrize("row", FORWARD_ROWS | BACKWARD_ROWS)
+UNOWNED = "a tile without keys stages its output where the next tile's q may be on its way"
+BROKEN_ROWS = {"tiles without keys": pytest.mark.xfail(raises=TwinError, reason=UNOWNED)}
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=BROKEN_ROWS.get(row, ())) for row in FORWARD_ROWS | BACKWARD_ROWS]
+)
 def test_same_bits_under_every_schedule(row: str) -> None:
     pass_, case = row_of(row)
     results = []
@@ -118,6 +126,44 @@ def test_same_bits_under_every_schedule(row: str) -> None:
     report = check(results[0], problem_of(case.problem(), arrays), arrays)
     assert report.ok, f"\n{report}"
     assert all(result[key].tobytes() == results[0][key].tobytes() for result in results for key in result)
+
+
+def random_case(seed: int) -> Case:
+    """Any problem that the Hopper forward takes, with tiles that are empty, whole or cut by any edge."""
+    rng = np.random.default_rng(seed)
+
+    def sometimes(probability: float, **keywords: object) -> dict[str, object]:
+        return keywords if rng.random() < probability else {}
+
+    num_kv_heads = int(rng.integers(1, 4))
+    keywords = {
+        "num_heads": num_kv_heads * int(rng.choice([1, 2, 4])),
+        "num_kv_heads": num_kv_heads,
+        "seqlen_q": int(rng.integers(40, 400)),  # gradients of fewer rows are noise that says nothing about a bound
+        "seqlen_k": int(rng.integers(40, 400)),
+        "head_dim": int(rng.choice([64, 128, 192, 256, 8 * rng.integers(1, 33)])),
+        "dtype": str(rng.choice(["bfloat16", "float16"])),
+    }
+    keywords |= sometimes(0.3, head_dim_v=8 * int(rng.integers(1, 33)))
+    keywords |= sometimes(0.5, causal=[True, "top_left"][rng.integers(2)])
+    keywords |= sometimes(0.5, window_size=tuple(int(rng.choice([-1, 0, rng.integers(300)])) for _ in range(2)))
+    keywords |= sometimes(0.2, softcap=2.0) | sometimes(0.3, alibi="head") | sometimes(0.2, dropout_p=0.2)
+    keywords |= sometimes(0.2, softmax_scale=float(rng.choice([-0.1, 0.5])))
+    return Case(f"random-{seed}", **keywords)
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[] if seed < 6 else pytest.mark.slow) for seed in range(30)]
+)
+def test_random_problem(seed: int) -> None:
+    case = random_case(seed)
+    arrays = case.arrays()
+    problem = problem_of(case.problem(), arrays)
+    emulation = emulation_of(case)
+    for pass_ in ("forward", "backward"):
+        if getattr(emulation, f"plan_{pass_}")(problem).main_entry == f"{pass_}_sm90":
+            report = check(run(pass_, case, emulation), problem, arrays)
+            assert report.ok, f"{case}\n{report}"
 
 
 def test_drops_what_the_documented_counter_drops() -> None:

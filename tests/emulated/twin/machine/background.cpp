@@ -45,6 +45,16 @@ void SharedMemory::check_landed(int thread, const char* verb, uint32_t offset, i
   }
 }
 
+void SharedMemory::check_fenced(int index, const char* verb, Where where) const {
+  const int begin = index * kPiece / kGranule;
+  for (int granule = begin; granule < begin + kPiece / kGranule; ++granule) {
+    const Access& write = shadow_[granule].write;
+    if (write.extent == kNobody) continue;
+    fail(where, "missing proxy fence: this thread %s shared offset %d, which warp %d lane %d wrote at %s:%d", verb, index * kPiece,
+         write.thread / kLanes, write.thread % kLanes, write.file, write.line);
+  }
+}
+
 void SharedMemory::note_ordinary_write(int thread, uint32_t offset, int bytes, Where where) {
   for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
     Piece& piece = pieces_[index];
@@ -63,8 +73,7 @@ void SharedMemory::begin_landing(int thread, uint32_t address, int bytes, Where 
     for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
       Piece& piece = pieces_[index];
       check_ordered_with_background(piece, thread, "copies to", index, where);
-      if (piece.unfenced_writes)
-        fail_background("copies to, with a missing proxy fence,", "was last read or copied to", piece, index, where);
+      if (piece.unfenced_writes) check_fenced(index, "copies to", where);
       piece.was_written = false;
       piece.where = where;
       ++piece.landings_under_way;
@@ -96,12 +105,11 @@ void SharedMemory::begin_background_read(int thread, uint32_t address, int bytes
   check_landed(thread, "starts to read", offset, bytes, where);
   for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
     Piece& piece = pieces_[index];
+    if (piece.unfenced_writes) check_fenced(index, "starts to read", where);
     if (piece.was_written) {
       const int begin = index * kPiece / kGranule;
       for (int granule = begin; granule < begin + kPiece / kGranule; ++granule) {
         const Access& write = shadow_[granule].write;
-        if (piece.unfenced_writes && write.extent != kNobody)
-          fail_race("starts to read, with a missing proxy fence,", "was written", write, granule * kGranule, where);
         if (!is_ordered(write, thread, granule)) fail_race("starts to read", "was written", write, granule * kGranule, where);
       }
     }

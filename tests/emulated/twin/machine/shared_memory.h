@@ -95,6 +95,7 @@ class SharedMemory {
   void check_read(int thread, uint32_t offset, int bytes, Where where);
   void check_write(int thread, uint32_t offset, int bytes, Where where);
   void check_landed(int thread, const char* verb, uint32_t offset, int bytes, Where where) const;
+  void check_fenced(int index, const char* verb, Where where) const;
   void note_ordinary_write(int thread, uint32_t offset, int bytes, Where where);
   void check_ordered_with_background(const Piece& piece, int thread, const char* verb, int index, Where where) const;
   void note_accessor(int thread);
