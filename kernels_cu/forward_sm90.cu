@@ -98,8 +98,8 @@ DEVICE void produce(const ForwardSm90Params& params, const Shared& shared) {
       tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.stage(use), params.v, barrier, n_block * kBlockN, kv_head, at.batch);
     };
     int n_block = blocks.end - 1;
-    if (n_block >= blocks.begin) {
-      copy_keys(use, n_block);
+    if (n_block >= blocks.begin) copy_keys(use, n_block);
+    if (!Config::own_out || n_block >= blocks.begin) {  // a tile without keys, too, stages its output where q goes
       const SharedAddress barrier = shared.q.begin_fill(query_use++);
       tile::copy_tile<kBlockM, Config::head_dim>(shared.q.data, params.q, barrier, at.block * kBlockM, at.head, at.batch);
     }
@@ -247,6 +247,8 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       arch::pin(probabilities);
       if (leader) shared.v.release(use);
       ++use;
+    } else if (!Config::own_out) {
+      shared.q.wait_full(query_use);  // its place is the output's
     }
 
     float factor[2];
@@ -265,7 +267,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
                                  first_query + group_row, at.head, at.batch);
       arch::copy_to_global_commit();
     }
-    if (blocks.begin < blocks.end) {
+    if (!Config::own_out || blocks.begin < blocks.end) {
       if constexpr (!Config::own_out) {
         if (storer) arch::copy_to_global_wait_read();  // q's place is free when the output has left it
         if (leader) shared.q.release(query_use);

@@ -14,7 +14,6 @@ from cuflash.testing import check
 from emulated.emulation import Emulation, Schedule, backward, forward, problem_of
 from emulated.test_backward import operands
 from emulated.test_forward import BY_ID
-from emulated.twin import TwinError
 
 SEEDS = range(6)
 
@@ -109,13 +108,7 @@ def test_quick_cases_exist(pass_: str, quick: list[str]) -> None:
     assert set(quick) <= {case.id for case in on_hopper(pass_)}
 
 
-UNOWNED = "a tile without keys stages its output where the next tile's q may be on its way"
-BROKEN_ROWS = {"tiles without keys": pytest.mark.xfail(raises=TwinError, reason=UNOWNED)}
-
-
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=BROKEN_ROWS.get(row, ())) for row in FORWARD_ROWS | BACKWARD_ROWS]
-)
+@pytest.mark.parametrize("row", FORWARD_ROWS | BACKWARD_ROWS)
 def test_same_bits_under_every_schedule(row: str) -> None:
     pass_, case = row_of(row)
     results = []
