@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cuflash.masks import Mask
+
 TOKENS = 16384  # batch * seqlen, until one sequence is longer than that
 HIDDEN = 2048  # num_heads * head_dim
 LENGTHS = (512, 2048, 8192, 16384)
@@ -80,10 +82,7 @@ class Cell:
             return self.seqlen_q * self.seqlen_k
         if self.mask == "causal" and self.seqlen_q == self.seqlen_k:
             return self.seqlen_q * self.seqlen_k / 2
-        offset = self.seqlen_k - self.seqlen_q
-        left = self.seqlen_k if self.window_left is None else self.window_left
-        diagonals = (i + offset for i in range(self.seqlen_q))
-        return sum(max(0, min(d, self.seqlen_k - 1) - max(0, d - left) + 1) for d in diagonals)
+        return Mask(left=self.window_left, right=0).band(self.seqlen_q, self.seqlen_k).num_pairs()
 
     def flops(self, pass_: str) -> float:
         """Floating-point operations of a pass: 4 * B * H * Sq * Sk * D forward over the visible pairs."""

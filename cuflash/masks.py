@@ -43,10 +43,6 @@ class Mask:
         """Column of the diagonal in row 0; every use of causal, window and ALiBi shares it."""
         return 0 if self.top_left else seqlen_k - seqlen_q
 
-    @property
-    def is_full(self) -> bool:
-        return self.left is None and self.right is None
-
     def band(self, seqlen_q: int, seqlen_k: int) -> Band:
         """The mask laid on a matrix of ``seqlen_q`` by ``seqlen_k`` scores (used lengths, where the call has them)."""
         unlimited = seqlen_q + seqlen_k

@@ -73,8 +73,9 @@ class Plan:
     @property
     def flops(self) -> float:
         """Arithmetic of the visible pairs; absent rows and keys of key padding count as visible."""
-        problem = self.problem
-        pairs = visible_pairs(problem) * problem.layout.batch * problem.num_heads
+        problem, layout = self.problem, self.problem.layout
+        visible = problem.mask.band(layout.seqlen_q, layout.seqlen_k).num_pairs()
+        pairs = visible * layout.batch * problem.num_heads
         forward = 2.0 * pairs * (problem.head_dim + problem.head_dim_v)
         return forward if self.pass_ == "forward" else BACKWARD_FLOPS * forward
 
@@ -439,30 +440,6 @@ def _spec(entry: str, config: dict[str, tuple[str, object]], arch: str) -> Kerne
 def _launchable(*steps: Step) -> tuple[Step, ...]:
     """Steps with work to do: a grid of no blocks is an error to CUDA, and there is nothing for it to write."""
     return tuple(step for step in steps if step.grid > 0)
-
-
-def visible_pairs(problem: Problem) -> int:
-    """Visible (query, key) pairs of one head of one sequence at its full lengths.
-
-    >>> from cuflash.problem import View
-    >>> shape = (1, 100, 1, 64)
-    >>> visible_pairs(Problem.build({name: View.of(shape, "float16") for name in "qkv"}, causal=True))
-    5050
-    """
-    seqlen_q, seqlen_k, mask = problem.layout.seqlen_q, problem.layout.seqlen_k, problem.mask
-    offset = mask.offset(seqlen_q, seqlen_k)
-    # Row i sees keys from max(0, i + offset - left) up to min(seqlen_k, i + offset + right + 1).
-    ends = seqlen_k * seqlen_q if mask.right is None else _clamped_sum(offset + mask.right + 1, seqlen_q, seqlen_k)
-    begins = 0 if mask.left is None else _clamped_sum(offset - mask.left, seqlen_q, seqlen_k)
-    return ends - begins
-
-
-def _clamped_sum(first: int, count: int, limit: int) -> int:
-    """Sum of ``first, first + 1, ...``, ``count`` terms, each clamped to [0, limit]."""
-    rising_from = min(max(-first, 0), count)  # terms before are clamped to 0
-    rising_to = min(max(limit - first, 0), count)  # terms from here on are clamped to limit
-    rising = rising_to - rising_from
-    return rising * (2 * first + rising_from + rising_to - 1) // 2 + (count - rising_to) * limit
 
 
 def forward_section_heads(problem: Problem, device: DeviceInfo) -> int:

@@ -86,12 +86,6 @@ def test_resolve(causal, window_size, expected):
     assert Mask.resolve(causal, window_size) == expected
 
 
-def test_is_full():
-    assert Mask().is_full
-    assert not Mask(left=3).is_full
-    assert not Mask(right=0).is_full
-
-
 def test_the_diagonal_ends_at_the_last_query_and_the_last_key():
     causal = Mask(right=0)
     assert causal.band(3, 1000).visible(np.array([2]), np.array([999])).all()

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from cuflash.device import MB, DeviceInfo
-from cuflash.plan import KernelSpec, plan_backward, plan_forward, visible_pairs
+from cuflash.plan import KernelSpec, plan_backward, plan_forward
 from cuflash.problem import Problem, View
 from cuflash.tiles import ANY
 
@@ -200,9 +200,10 @@ def brute_force_pairs(problem: Problem) -> int:
 @pytest.mark.parametrize("lengths", [(1, 1), (7, 13), (13, 7), (13, 13), (0, 5), (5, 0)])
 @pytest.mark.parametrize("causal", [False, True, "top_left"])
 @pytest.mark.parametrize("window", [None, (0, 0), (3, None), (None, 2), (4, 1), (100, 100)])
-def test_visible_pairs(lengths, causal, window):
+def test_flops_count_visible_pairs(lengths, causal, window):
     problem = problem_of(*lengths, causal=causal, window_size=window)
-    assert visible_pairs(problem) == brute_force_pairs(problem)
+    flops_per_pair = 2 * (problem.head_dim + problem.head_dim_v) * problem.num_heads * problem.layout.batch
+    assert plan_forward(problem, HOPPER).flops == brute_force_pairs(problem) * flops_per_pair
 
 
 def test_flops_follow_the_conventions_of_the_field():
