@@ -198,7 +198,8 @@ def _plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     config = _score_config(problem) | {
         "block_n": ("int", tile.block_n),
         "num_consumers": ("int", tile.num_consumers),
-        "own_out": ("bool", tile.own_out),
+        "query_stages": ("int", tile.query_stages),
+        "out_chunks": ("int", tile.out_chunks),
         "ping_pong": ("bool", tile.ping_pong),
         "lazy_rescale": ("bool", tile.lazy_rescale),
         "eighths_before_wait": ("int", tile.eighths_before_wait),
@@ -337,7 +338,7 @@ _SIZES = ("Element", "head_dim", "head_dim_v", "block_m", "block_n", "num_warps"
 _WIDTHS = ("load_bytes", "store_bytes")
 _SCORES = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
 _DQ_TILE = ("Element", "head_dim", "block_m", "num_warps", "warpgroups")
-_SCHEDULE = ("num_consumers", "own_out", "ping_pong", "lazy_rescale", "eighths_before_wait")
+_SCHEDULE = ("num_consumers", "query_stages", "out_chunks", "ping_pong", "lazy_rescale", "eighths_before_wait")
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
     "forward_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_SCHEDULE, *_SCORES, "sinks"),

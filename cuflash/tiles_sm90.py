@@ -13,6 +13,7 @@ from cuflash.tiles import rounded_head_dim, tile_bytes
 WARPGROUP_ROWS = 64
 WARPGROUP_THREADS = 128
 STAGES = 2
+CHUNK_COLUMNS = 64  # of a tile in shared memory: kernels_cu/tile/swizzle.cuh
 BARRIER_BYTES = 8
 QUEUE_BYTES = 48  # tile::TileQueue of kernels_cu/tile/pipeline.cuh
 STATISTIC_SPACE = 1024  # one float per query, in steps in which tiles may start
@@ -36,8 +37,11 @@ class ForwardRow:
         Warpgroups of 64 query rows each, beside the producer.
     block_n : int
         Keys of a block.
-    own_out : bool
-        The output is staged in memory of its own, so that the next tile's q is loaded meanwhile.
+    query_stages : int
+        Buffers of q: with two, the next tile's is loaded long before it is wanted.
+    out_chunks : int
+        Chunks of 64 columns of the output that are staged at a time in memory of their own, so that the next tile begins
+        before the last one ends; 0 stages the output where q was.
     ping_pong : bool
         Consumers take turns on the tensor cores.
     lazy_rescale : bool
@@ -55,7 +59,8 @@ class ForwardRow:
     heavy: bool
     num_consumers: int
     block_n: int
-    own_out: bool
+    query_stages: int
+    out_chunks: int
     ping_pong: bool
     lazy_rescale: bool
     eighths_before_wait: int
@@ -73,16 +78,17 @@ class ForwardRow:
         """Dynamic shared memory: the layout at the top of forward_sm90.cu.
 
         >>> forward_row(128, 128, 4096, causal=True, heavy=False).shared_bytes(128, 128) // 1024
-        192
+        224
         """
-        q, out = tile_bytes(self.block_m, head_dim), tile_bytes(self.block_m, head_dim_v)
+        q, out = self.query_stages * tile_bytes(self.block_m, head_dim), tile_bytes(self.block_m, head_dim_v)
+        staged = tile_bytes(self.block_m, CHUNK_COLUMNS * self.out_chunks)
         k_and_v = tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, head_dim_v)
-        barriers = 2 * (1 + 2 * STAGES) * BARRIER_BYTES
-        return (q + out if self.own_out else max(q, out)) + STAGES * k_and_v + barriers + QUEUE_BYTES
+        barriers = 2 * (self.query_stages + 2 * STAGES) * BARRIER_BYTES
+        return (q + staged if self.out_chunks else max(q, out)) + STAGES * k_and_v + barriers + QUEUE_BYTES
 
     def describe(self) -> str:
         schedule = [f"{self.num_consumers} consumer warpgroups"]
-        schedule += ["own output staging"] * self.own_out + ["ping-pong"] * self.ping_pong
+        schedule += ["tiles overlap"] * (self.out_chunks > 0) + ["ping-pong"] * self.ping_pong
         schedule += ["lazy rescaling"] * self.lazy_rescale
         if self.eighths_before_wait:
             schedule.append(f"{self.eighths_before_wait}/8 of the exponentials before the wait")
@@ -131,16 +137,16 @@ class BackwardRow:
 
 # fmt: off
 FORWARD = (
-    #          D    Dv   longest causal heavy consumers n own_out ping_pong lazy eighths
-    ForwardRow(64,  64,  1024, True,  True,  2, 128, True,  True,  False, 2, "0.87 to 0.93; 3 consumers: 0.79, 0.84"),
-    ForwardRow(64,  64,  None, None,  False, 3, 128, True,  True,  False, 0, "0.92 at 512, 0.96 to 1.03 beyond"),
-    ForwardRow(64,  64,  None, None,  True,  2, 128, True,  True,  False, 2, "unmeasured: 3 consumers spill"),
-    ForwardRow(128, 128, None, None,  True,  2, 128, True,  False, False, 2, "0.98 to 1.08"),
-    ForwardRow(192, 128, None, None,  True,  2, 128, False, False, False, 2, "unmeasured: q and out share memory"),
-    ForwardRow(192, 192, None, None,  True,  2, 112, False, False, False, 2, "unmeasured: 216 KB"),
-    ForwardRow(256, 256, None, True,  True,  2, 64,  False, False, True,  0, "0.98 to 1.09; 80 keys: 0.90 to 1.05"),
-    ForwardRow(256, 256, 512,  None,  True,  2, 64,  False, False, True,  0, "0.99; 80 keys: 0.96"),
-    ForwardRow(256, 256, None, None,  True,  2, 80,  False, False, True,  0, "0.95 to 0.99; 64 keys: 0.95 to 0.96"),
+    #          D    Dv   longest causal heavy consumers n q out ping_pong lazy eighths
+    ForwardRow(64,  64,  1024, True,  True,  2, 128, 2, 1,  True,  False, 2, "0.87 to 0.93; 3 consumers: 0.79, 0.84"),
+    ForwardRow(64,  64,  None, None,  False, 3, 128, 2, 1,  True,  False, 0, "0.92 at 512, 0.96 to 1.03 beyond"),
+    ForwardRow(64,  64,  None, None,  True,  2, 128, 2, 1,  True,  False, 2, "unmeasured: 3 consumers spill"),
+    ForwardRow(128, 128, None, None,  True,  2, 128, 2, 2,  False, False, 2, "0.98 to 1.08"),
+    ForwardRow(192, 128, None, None,  True,  2, 128, 1, 1, False, False, 2, "unmeasured: q and out share memory"),
+    ForwardRow(192, 192, None, None,  True,  2, 112, 1, 0, False, False, 2, "unmeasured: 216 KB"),
+    ForwardRow(256, 256, None, True,  True,  2, 64,  1, 2, False, True,  0, "0.98 to 1.09; 80 keys: 0.90 to 1.05"),
+    ForwardRow(256, 256, 512,  None,  True,  2, 64,  1, 2, False, True,  0, "0.99; 80 keys: 0.96"),
+    ForwardRow(256, 256, None, None,  True,  2, 80,  1, 0, False, True,  0, "0.95 to 0.99; 64 keys: 0.95 to 0.96"),
 )
 BACKWARD = (
     BackwardRow(64,  128, "1.14 to 1.32 of cuDNN"),

@@ -73,22 +73,29 @@ DEVICE void store_operand_transposed(SharedAddress tile, int column, const uint3
 
 // Writes the slab of a warp to rows row .. row + 15 of a tile, each of the thread's two rows multiplied by its factor; a row that
 // is not kept becomes zero. Like epilogue.cuh: stage_slab, four 8x8 matrices at a time.
+// Of a slab wider than the tile: chunks first_chunk .. first_chunk + num_chunks - 1 of 64 columns.
 template <class Element, int kRows, int kSize>
-DEVICE void stage_slab_by_matrix(SharedAddress tile, int row, const float (&slab)[kSize], const float (&factor)[2],
-                                 const bool (&keep)[2]) {
+DEVICE void stage_slab_by_matrix(SharedAddress tile, int row, const float (&slab)[kSize], int first_chunk, int num_chunks,
+                                 const float (&factor)[2], const bool (&keep)[2]) {
   const uint32 lane = arch::lane_index();
   const uint32 lane_row = row + lane % 16;
+  const int first = first_chunk * kChunkColumns / 16, end = min(first + num_chunks * kChunkColumns / 16, kSize / 8);
 #pragma unroll
-  for (int t = 0; t < kSize / 8; ++t) {
+  for (int t = first; t < end; ++t) {
     uint32 matrices[4];
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       const int i = 8 * t + 2 * m, r = m % 2;
       matrices[m] = arch::pack<Element>(keep[r] ? slab[i] * factor[r] : 0.f, keep[r] ? slab[i + 1] * factor[r] : 0.f);
     }
-    arch::store_matrix(tile + swizzled_offset<kRows>(lane_row, 16 * t + lane / 16 * 8), matrices[0], matrices[1], matrices[2],
-                       matrices[3]);
+    arch::store_matrix(tile + swizzled_offset<kRows>(lane_row, 16 * (t - first) + lane / 16 * 8), matrices[0], matrices[1],
+                       matrices[2], matrices[3]);
   }
+}
+template <class Element, int kRows, int kSize>
+DEVICE void stage_slab_by_matrix(SharedAddress tile, int row, const float (&slab)[kSize], const float (&factor)[2],
+                                 const bool (&keep)[2]) {
+  stage_slab_by_matrix<Element, kRows>(tile, row, slab, 0, chunks(2 * kSize), factor, keep);
 }
 
 }  // namespace tile

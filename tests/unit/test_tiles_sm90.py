@@ -114,7 +114,7 @@ def test_row_choice(head_dims, seqlen_q, causal, heavy, rows_and_keys):
 
 def test_out_has_shared_memory_of_its_own_or_that_of_q():
     own, shared = forward_row(128, 128, 4096, causal=True, heavy=False), FORWARD[-1]
-    assert (own.own_out, shared.own_out) == (True, False)
-    tile, k_and_v, rest = 128 * 128 * 2, 2 * 2 * 128 * 128 * 2, 2 * 5 * 8 + 48
-    assert own.shared_bytes(128, 128) == tile + tile + k_and_v + rest
-    assert shared.shared_bytes(64, 256) == 128 * 256 * 2 + 2 * 80 * (64 + 256) * 2 + rest
+    assert (own.out_chunks, shared.out_chunks) == (2, 0)
+    tile, k_and_v, rest = 128 * 128 * 2, 2 * 2 * 128 * 128 * 2, 2 * 4 * 8 + 48
+    assert own.shared_bytes(128, 128) == 2 * tile + tile + k_and_v + rest + 2 * 2 * 8
+    assert shared.shared_bytes(64, 256) == 128 * 256 * 2 + 2 * 80 * (64 + 256) * 2 + rest + 2 * 8
