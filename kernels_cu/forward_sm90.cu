@@ -5,8 +5,7 @@
 //              |  2 x k [block_n][head_dim]  |  2 x v [block_n][head_dim_v]  |  barriers  |  tile queue
 //
 // A consumer keeps scores, probabilities and output in registers. It starts the scores of the next key block before the product
-// of the present probabilities with v, so that the tensor cores work while it exponentiates. From tile to tile it does the same:
-// the first scores of the next tile are started before the last product of this one, unless the output goes where q is.
+// of the present probabilities with v, so that the tensor cores work while it exponentiates.
 #include "arch/sm90.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
@@ -29,7 +28,7 @@ constexpr int kReaders = kConsumers * arch::kWarpgroupSize / kWarpSize;  // ever
 // The pool of 65536 registers, in multiples of 8 a thread: few for the producer, the rest for the consumers.
 constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
-// Whether the output is staged in memory of its own, so that the next tile begins before this one ends.
+// Whether the output is staged in memory of its own, so that the next tile's q is loaded meanwhile.
 constexpr bool kOwnOut = Config::out_chunks > 0;
 constexpr int kOutChunks = kOwnOut ? Config::out_chunks : tile::chunks(Config::head_dim_v);  // staged at a time
 
@@ -114,8 +113,9 @@ DEVICE void produce(const ForwardSm90Params& params, const Shared& shared) {
       copy_keys(use + 1, n_block - 1);
       copy_values(use, n_block);
     }
-    index = tile::TileQueue::draw(params.tile_counter, tiles);
+    const int drawn = tile::TileQueue::draw(params.tile_counter);
     if (n_block == blocks.begin) copy_values(use++, n_block);
+    index = tile::TileQueue::tile_of(drawn, params.tile_counter, tiles);
   }
 }
 
@@ -137,312 +137,175 @@ struct Turns {
 
 constexpr int kStoreBarrier = 8;  // + consumer: the output of a warpgroup is staged
 
-// What a consumer has to do for a tile. Its 64 queries may see fewer key blocks than the tile's.
-struct Work {
-  tile::TileIndex at;
-  int query;           // the warpgroup's first
-  tile::Range loaded;  // key blocks of the tile
-  tile::Range blocks;  // those of which the warpgroup's queries see some key
-  tile::Range whole;   // those that all of its queries see whole
+DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int consumer) {
+  const Shape& shape = params.shape;
+  const int tiles = num_tiles(shape);
+  const Turns turns{consumer};
+  const int warp_in_group = arch::warp_index() % 4;
+  const int group_row = consumer * tile::kWarpgroupRows;
+  const int warp_row = group_row + warp_in_group * tile::kSlabRows;  // this warp's first row in the tile
+  const bool leader = arch::lane_index() == 0;
+  uint32 use = 0, query_use = 0;  // keys and values are used in step
+  turns.prime();
 
-  DEVICE Work(const Shape& shape, int index, int group_row) : at(tile_of(shape, index)), query(at.block * kBlockM + group_row) {
-    const tile::Band<Config> band(shape, tile::Sequence(shape, at.batch));
-    loaded = band.template key_blocks<kBlockM, kBlockN>(at.block * kBlockM);
-    blocks = band.template key_blocks<tile::kWarpgroupRows, kBlockN>(query);
-    whole = band.template whole_blocks<tile::kWarpgroupRows, kBlockN>(query);
-    if (!visible()) blocks = {loaded.begin, loaded.begin};
-  }
-  DEVICE bool visible() const { return blocks.begin < blocks.end; }
-  // Loaded blocks that are none of the warpgroup's business. Blocks pass from the last to the first.
-  DEVICE int before() const { return loaded.end - blocks.end; }
-  DEVICE int after() const { return blocks.begin - loaded.begin; }
-  // Whether its first scores may be started while the last tile's last product is still to come. That product holds one of the
-  // two buffers of values, so that no more than one other block can pass by until then.
-  DEVICE bool overlaps() const { return kOwnOut && visible() && before() <= 1; }
-};
-
-// A warpgroup of 64 query rows.
-struct Consumer {
-  static constexpr int kScores = kBlockN / 2;
-  using Scores = float[kScores];
-
-  const ForwardSm90Params& params;
-  const Shared& shared;
-  const Turns turns;
-  const int consumer;
-  const int group_row;  // the warpgroup's first row in the tile
-  const int warp_row;   // the warp's first row in the warpgroup
-  const bool leader;    // of the warp
-  const bool storer;    // of the warpgroup
-
-  float out[Config::head_dim_v / 2];
-  uint32 probabilities[kBlockN / 4];
-  tile::RowState state;
-  float rescale[2];
-  uint32 key_use = 0, query_use = 0;
-  uint32 value_use = 0;  // the probabilities' block, whose keys had the same use
-
-  DEVICE Consumer(const ForwardSm90Params& params, const Shared& shared, int consumer)
-      : params(params),
-        shared(shared),
-        turns{consumer},
-        consumer(consumer),
-        group_row(consumer * tile::kWarpgroupRows),
-        warp_row(arch::warp_index() % 4 * tile::kSlabRows),
-        leader(arch::lane_index() == 0),
-        storer(arch::thread_index() % arch::kWarpgroupSize == 0) {}
-
-  DEVICE void run() {
-    const int tiles = num_tiles(params.shape);
-    turns.prime();
-    Work work(params.shape, 0, group_row);
-    bool pending = false;  // the last product and the output of `work` are still to come
 #pragma unroll 1
-    for (uint32 round = 0;; ++round) {
-      const int index = shared.queue.pop(round);
-      const bool more = index < tiles;
-      const Work next(params.shape, more ? index : 0, group_row);
-      const bool overlap = pending && more && next.overlaps();
-      if (pending && !overlap) finish(work);
-      if (!more) break;
-      skip(next.before());
-      if (overlap)
-        hand_over(work, next);
-      else if (next.visible())
-        begin(next);
-      else
-        write_nothing(next);
-      work = next;
-      pending = work.visible();
-      steps(work);
-      if (pending && (!kOwnOut || work.after() > 0)) {
-        finish(work);
-        pending = false;
+  for (uint32 round = 0;; ++round) {
+    const int index = shared.queue.pop(round);
+    if (index >= tiles) break;
+    const tile::TileIndex at = tile_of(shape, index);
+    const tile::Sequence sequence(shape, at.batch);
+    const tile::Band<Config> band(shape, sequence);
+    const tile::Modifier<Config> modifier(params.score, at.batch, at.head);
+    const tile::Dropout dropout(params.dropout, at.batch, at.head);
+    const float unit = modifier.unit();
+    const int first_query = at.block * kBlockM + group_row, query = first_query + warp_in_group * tile::kSlabRows;
+    const tile::Range loaded = band.template key_blocks<kBlockM, kBlockN>(at.block * kBlockM);
+    tile::Range blocks = band.template key_blocks<tile::kWarpgroupRows, kBlockN>(first_query);
+    const tile::Range whole = band.template whole_blocks<tile::kWarpgroupRows, kBlockN>(first_query);
+    if (blocks.begin == blocks.end) blocks = {loaded.begin, loaded.begin};
+    // Lets blocks pass by that only the other warpgroups need.
+    const auto skip = [&](int num_blocks) {
+#pragma unroll 1
+      for (; num_blocks > 0; --num_blocks, ++use) {
+        shared.k.wait_full(use);
+        shared.v.wait_full(use);
+        turns.wait();
+        turns.pass();
+        if (leader) shared.k.release(use);
+        if (leader) shared.v.release(use);
       }
-      skip(work.after());
-    }
-    if (storer) arch::copy_to_global_wait_read();
-  }
+    };
 
-  // Lets blocks pass by that only the other warpgroups need.
-  DEVICE void skip(int num_blocks) {
-#pragma unroll 1
-    for (; num_blocks > 0; --num_blocks) {
-      shared.k.wait_full(key_use);
-      shared.v.wait_full(key_use);
+    float out[Config::head_dim_v / 2];
+    uint32 probabilities[kBlockN / 4];
+    tile::RowState state;
+    float rescale[2] = {1.f, 1.f};
+    tile::clear(out);
+
+    // Scores of a block to what the softmax takes.
+    const auto modify = [&](float(&scores)[kBlockN / 2], int n_block, auto cut) {
+      modifier.template apply<QueryRows>(scores, query, n_block * kBlockN, sequence.offset);
+      if constexpr (decltype(cut)::value) band.template select<QueryRows>(scores, -arch::infinity(), query, n_block * kBlockN);
+    };
+    const auto to_probabilities = [&](float(&scores)[kBlockN / 2], int n_block) {
+      if constexpr (Config::dropout)
+        dropout.template for_each<QueryRows, kBlockN / 2>(query, n_block * kBlockN,
+                                                          [&](int i, bool kept) { scores[i] = kept ? scores[i] : 0.f; });
+      tile::to_operand<Element>(probabilities, scores);
+    };
+    const auto rescale_out = [&] {
+      if (!Config::lazy_rescale || arch::any(rescale[0] < 1.f || rescale[1] < 1.f)) tile::scale_rows(out, rescale);
+    };
+    // Starts the scores of a block, then the product of the previous block's probabilities; exponentiates while the latter runs.
+    const auto step = [&](int n_block, auto cut) {
+      float scores[kBlockN / 2];
+      shared.k.wait_full(use + 1);
       turns.wait();
+      tile::start_transposed<Element, Config::head_dim, kBlockM, kBlockN>(scores, shared.q.stage(query_use), group_row,
+                                                                          shared.k.stage(use + 1));
+      if constexpr (Config::head_dim_v > 128) rescale_out();  // the output has no registers to wait in: scale it before its product
+      shared.v.wait_full(use);
+      tile::start_registers<Element, Config::head_dim_v, kBlockN>(out, probabilities, shared.v.stage(use));
       turns.pass();
-      if (leader) shared.k.release(key_use);
-      if (leader) shared.v.release(key_use);
-      ++key_use;
-    }
-  }
+      arch::product_wait<1>();
+      arch::pin(scores);
+      if (leader) shared.k.release(use + 1);
+      if (kOwnOut && (leader & (n_block == blocks.begin))) shared.q.release(query_use);
 
-  // The first block of a tile.
-  DEVICE void begin(const Work& work) {
-    Scores scores;
-    shared.q.wait_full(query_use);
-    shared.k.wait_full(key_use);
-    turns.wait();
-    start_scores(scores);
-    turns.pass();
-    arch::product_wait<0>();
-    arch::pin(scores);
-    release_keys(work.blocks.end - work.blocks.begin == 1);
-    state = tile::RowState();
-    softmax(scores, work, work.blocks.end - 1, True{});  // as in hand_over: the same bits whichever tile came before
-    to_probabilities(scores, work, work.blocks.end - 1);
-    begin_output();
-  }
-
-  // The last product and the output of one tile, beside the first block of the next.
-  DEVICE void hand_over(const Work& last, const Work& next) {
-    Scores scores;
-    shared.q.wait_full(query_use);
-    shared.k.wait_full(key_use);
-    turns.wait();
-    start_scores(scores);
-    if constexpr (Config::head_dim_v > 128) rescale_output();
-    shared.v.wait_full(value_use);
-    start_output();
-    turns.pass();
-    float factor[2];
-    bool keep[2];
-    finish_rows(last, factor, keep);
-    arch::product_wait<1>();
-    arch::pin(scores);
-    release_keys(next.blocks.end - next.blocks.begin == 1);
-    state = tile::RowState();
-    softmax(scores, next, next.blocks.end - 1, True{});
-    release_values();
-    write(last, factor, keep);
-    to_probabilities(scores, next, next.blocks.end - 1);
-    begin_output();
-  }
-
-  // All blocks after the first.
-  DEVICE void steps(const Work& work) {
-    int n_block = work.blocks.end - 2;
-#pragma unroll 1
-    for (; n_block >= work.blocks.begin && n_block >= work.whole.end; --n_block) step(work, n_block, True{});
-#pragma unroll 1
-    for (; n_block >= work.blocks.begin && n_block >= work.whole.begin; --n_block) step(work, n_block, False{});
-    if constexpr (Config::window_left) {
-#pragma unroll 1
-      for (; n_block >= work.blocks.begin; --n_block) step(work, n_block, True{});
-    }
-  }
-
-  // Starts the scores of a block, then the product of the previous block's probabilities; exponentiates while the latter runs.
-  template <class Cut>
-  DEVICE void step(const Work& work, int n_block, Cut cut) {
-    Scores scores;
-    shared.k.wait_full(key_use);
-    turns.wait();
-    start_scores(scores);
-    if constexpr (Config::head_dim_v > 128) rescale_output();  // it has no registers to wait in: scaled before its product
-    shared.v.wait_full(value_use);
-    start_output();
-    turns.pass();
-    arch::product_wait<1>();
-    arch::pin(scores);
-    release_keys(n_block == work.blocks.begin);
-    softmax(scores, work, n_block, cut);
-    release_values();
-    to_probabilities(scores, work, n_block);
-    if constexpr (Config::head_dim_v <= 128) rescale_output();
-  }
-
-  // The last product and the output of a tile.
-  DEVICE void finish(const Work& work) {
-    if constexpr (Config::head_dim_v > 128) rescale_output();
-    shared.v.wait_full(value_use);
-    start_output();
-    float factor[2];
-    bool keep[2];
-    finish_rows(work, factor, keep);
-    arch::product_wait<0>();
-    arch::pin(out);
-    arch::pin(probabilities);
-    release_values();
-    write(work, factor, keep);
-  }
-
-  // The output of queries that see no key.
-  DEVICE void write_nothing(const Work& work) {
-    float factor[2];
-    bool keep[2];
-    const bool queries_loaded = !kOwnOut || work.loaded.begin < work.loaded.end;
-    if (queries_loaded) shared.q.wait_full(query_use);
-    state = tile::RowState();
-    tile::clear(out);
-    finish_rows(work, factor, keep);
-    write(work, factor, keep);
-    if (kOwnOut && queries_loaded) release_queries();
-  }
-
-  // ---- products ----
-
-  DEVICE void start_scores(Scores& scores) {
-    tile::start_transposed<Element, Config::head_dim, kBlockM, kBlockN>(scores, shared.q.stage(query_use), group_row,
-                                                                        shared.k.stage(key_use));
-  }
-  DEVICE void start_output() {
-    tile::start_registers<Element, Config::head_dim_v, kBlockN>(out, probabilities, shared.v.stage(value_use));
-  }
-  DEVICE void release_keys(bool last) {
-    if (leader) shared.k.release(key_use);
-    ++key_use;
-    if (kOwnOut && last) release_queries();
-  }
-  DEVICE void release_values() {
-    if (leader) shared.v.release(value_use);
-  }
-  DEVICE void release_queries() {
-    if (leader) shared.q.release(query_use);
-    ++query_use;
-  }
-
-  // ---- scores and probabilities ----
-
-  DEVICE float unit(const Work& work) const { return tile::Modifier<Config>(params.score, work.at.batch, work.at.head).unit(); }
-
-  // Scores of a block to what the softmax takes.
-  template <class Cut>
-  DEVICE void modify(Scores& scores, const Work& work, int n_block, Cut) const {
-    const tile::Sequence sequence(params.shape, work.at.batch);
-    const int query = work.query + warp_row, key = n_block * kBlockN;
-    tile::Modifier<Config>(params.score, work.at.batch, work.at.head)
-        .template apply<QueryRows>(scores, query, key, sequence.offset);
-    if constexpr (Cut::value)
-      tile::Band<Config>(params.shape, sequence).template select<QueryRows>(scores, -arch::infinity(), query, key);
-  }
-  // Scores to probabilities relative to the new maxima, beside the product that is under way, and its end.
-  template <class Cut>
-  DEVICE void softmax(Scores& scores, const Work& work, int n_block, Cut cut) {
-    modify(scores, work, n_block, cut);
-    const float unit = this->unit(work);
-    float reference[2];
-    reference[0] = tile::raise_maximum<Config::lazy_rescale>(scores, 0, state, unit, rescale[0]);
-    reference[1] = tile::raise_maximum<Config::lazy_rescale>(scores, 1, state, unit, rescale[1]);
-    constexpr int kRow = kScores / 2;  // scores of one of the thread's two rows
-    constexpr int kBefore = kRow * Config::eighths_before_wait / 4;
-    tile::exponentiate<0, (kBefore < kRow ? kBefore : kRow)>(scores, 0, state, unit, reference[0]);
-    tile::exponentiate<0, (kBefore > kRow ? kBefore - kRow : 0)>(scores, 1, state, unit, reference[1]);
-    if constexpr (Config::eighths_before_wait > 0) {
-      arch::product_wait_here(params.shape.num_heads);
+      modify(scores, n_block, cut);
+      float reference[2];
+      reference[0] = tile::raise_maximum<Config::lazy_rescale>(scores, 0, state, unit, rescale[0]);
+      reference[1] = tile::raise_maximum<Config::lazy_rescale>(scores, 1, state, unit, rescale[1]);
+      constexpr int kRow = kBlockN / 4;  // scores of one of the thread's two rows
+      constexpr int kBefore = kRow * Config::eighths_before_wait / 4;
+      tile::exponentiate<0, (kBefore < kRow ? kBefore : kRow)>(scores, 0, state, unit, reference[0]);
+      tile::exponentiate<0, (kBefore > kRow ? kBefore - kRow : 0)>(scores, 1, state, unit, reference[1]);
+      if constexpr (Config::eighths_before_wait > 0) {
+        arch::product_wait_here(shape.num_heads);
+        arch::pin(out);
+      }
+      tile::exponentiate<(kBefore < kRow ? kBefore : kRow), kRow>(scores, 0, state, unit, reference[0]);
+      tile::exponentiate<(kBefore > kRow ? kBefore - kRow : 0), kRow>(scores, 1, state, unit, reference[1]);
+      arch::product_wait<0>();
       arch::pin(out);
+      arch::pin(probabilities);
+      if (leader) shared.v.release(use);
+      ++use;
+      to_probabilities(scores, n_block);
+      if constexpr (Config::head_dim_v <= 128) rescale_out();
+    };
+
+    skip(loaded.end - blocks.end);
+    if (blocks.begin < blocks.end) {
+      shared.q.wait_full(query_use);
+      int n_block = blocks.end - 1;
+      {
+        float scores[kBlockN / 2];
+        shared.k.wait_full(use);
+        turns.wait();
+        tile::start_transposed<Element, Config::head_dim, kBlockM, kBlockN>(scores, shared.q.stage(query_use), group_row, shared.k.stage(use));
+        turns.pass();
+        arch::product_wait<0>();
+        arch::pin(scores);
+        if (leader) shared.k.release(use);
+        if (kOwnOut && (leader & (n_block == blocks.begin))) shared.q.release(query_use);
+        modify(scores, n_block, True{});
+        tile::online_softmax(scores, state, unit, rescale);
+        to_probabilities(scores, n_block);
+        rescale[0] = rescale[1] = 1.f;  // there is no output yet: 0 times it is not wanted either
+      }
+      --n_block;
+#pragma unroll 1
+      for (; n_block >= blocks.begin && n_block >= whole.end; --n_block) step(n_block, True{});
+#pragma unroll 1
+      for (; n_block >= blocks.begin && n_block >= whole.begin; --n_block) step(n_block, False{});
+      if constexpr (Config::window_left) {
+#pragma unroll 1
+        for (; n_block >= blocks.begin; --n_block) step(n_block, True{});
+      }
+      if constexpr (Config::head_dim_v > 128) rescale_out();
+      shared.v.wait_full(use);
+      tile::start_registers<Element, Config::head_dim_v, kBlockN>(out, probabilities, shared.v.stage(use));
+      arch::product_wait<0>();
+      arch::pin(out);
+      arch::pin(probabilities);
+      if (leader) shared.v.release(use);
+      ++use;
+    } else if (!kOwnOut || loaded.begin < loaded.end) {
+      shared.q.wait_full(query_use);
+      if (kOwnOut && leader) shared.q.release(query_use);
     }
-    tile::exponentiate<(kBefore < kRow ? kBefore : kRow), kRow>(scores, 0, state, unit, reference[0]);
-    tile::exponentiate<(kBefore > kRow ? kBefore - kRow : 0), kRow>(scores, 1, state, unit, reference[1]);
-    arch::product_wait<0>();
-    arch::pin(out);
-    arch::pin(probabilities);
-  }
-  DEVICE void to_probabilities(Scores& scores, const Work& work, int n_block) {
-    if constexpr (Config::dropout)
-      tile::Dropout(params.dropout, work.at.batch, work.at.head)
-          .template for_each<QueryRows, kScores>(work.query + warp_row, n_block * kBlockN,
-                                                 [&](int i, bool kept) { scores[i] = kept ? scores[i] : 0.f; });
-    tile::to_operand<Element>(probabilities, scores);
-    value_use = key_use - 1;
-  }
 
-  // ---- output ----
-
-  DEVICE void begin_output() {
-    tile::clear(out);
-    rescale[0] = rescale[1] = 1.f;
-  }
-  DEVICE void rescale_output() {
-    if (!Config::lazy_rescale || arch::any(rescale[0] < 1.f || rescale[1] < 1.f)) tile::scale_rows(out, rescale);
-  }
-  DEVICE void finish_rows(const Work& work, float (&factor)[2], bool (&keep)[2]) {
-    tile::finish_rows<Config>(state, unit(work), params.score, params.dropout, params.shape, work.at.batch, work.at.head,
-                              work.query + warp_row + tile::lane_row(), tile::Sequence(params.shape, work.at.batch).seqlen_q,
-                              params.lse, factor, keep);
-  }
-  DEVICE void write(const Work& work, const float (&factor)[2], const bool (&keep)[2]) {
+    float factor[2];
+    bool keep[2];
+    tile::finish_rows<Config>(state, unit, params.score, params.dropout, shape, at.batch, at.head, query + tile::lane_row(),
+                              sequence.seqlen_q, params.lse, factor, keep);
+    const bool storer = warp_in_group == 0 && leader;
 #pragma unroll
     for (int c = 0; c < tile::chunks(Config::head_dim_v); c += kOutChunks) {
       if (storer) arch::copy_to_global_wait_read();  // what was staged here before has left
       arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
-      tile::stage_slab_by_matrix<Element, kBlockM>(shared.out, group_row + warp_row, out, c, kOutChunks, factor, keep);
+      tile::stage_slab_by_matrix<Element, kBlockM>(shared.out, warp_row, out, c, kOutChunks, factor, keep);
       arch::fence_async_proxy();
       arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
       if (storer) {
         for (int staged = c; staged < min(c + kOutChunks, tile::chunks(Config::head_dim_v)); ++staged)
           arch::copy_box_to_global(params.out, shared.out + ((staged - c) * kBlockM + group_row) * tile::kChunkRowBytes,
-                                   staged * tile::kChunkColumns, work.query, work.at.head, work.at.batch);
+                                   staged * tile::kChunkColumns, first_query, at.head, at.batch);
         arch::copy_to_global_commit();
       }
     }
-    if constexpr (!kOwnOut) {
-      if (storer) arch::copy_to_global_wait_read();  // q's place is free when the output has left it
-      release_queries();
+    if (!kOwnOut || loaded.begin < loaded.end) {
+      if constexpr (!kOwnOut) {
+        if (storer) arch::copy_to_global_wait_read();  // q's place is free when the output has left it
+        if (leader) shared.q.release(query_use);
+      }
+      ++query_use;
     }
+    skip(blocks.begin - loaded.begin);
   }
-};
+  if (arch::thread_index() % arch::kWarpgroupSize == 0) arch::copy_to_global_wait_read();
+}
 
 }  // namespace
 
@@ -466,6 +329,6 @@ KERNEL(kThreads, 1) forward_sm90(GRID_CONSTANT ForwardSm90Params params) {
     if (arch::thread_index() == 0) produce(params, shared);
   } else {
     arch::raise_registers<kConsumerRegisters>();
-    Consumer(params, shared, warpgroup - 1).run();
+    consume(params, shared, warpgroup - 1);
   }
 }

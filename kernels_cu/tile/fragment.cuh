@@ -21,12 +21,14 @@ DEVICE int lane_column() { return 2 * (arch::lane_index() % 4); }
 // Which side of a score slab the queries are on: rows in the forward (S = Q K^T), columns in the backward (S^T = K Q^T).
 // query(i) and key(i) are offsets from lane_query() and lane_key(), known at compile time.
 struct QueryRows {
+  static constexpr bool kQueryRows = true;
   static constexpr DEVICE int query(int i) { return slab_row(i); }
   static constexpr DEVICE int key(int i) { return slab_column(i); }
   static DEVICE int lane_query() { return lane_row(); }
   static DEVICE int lane_key() { return lane_column(); }
 };
 struct KeyRows {
+  static constexpr bool kQueryRows = false;
   static constexpr DEVICE int query(int i) { return slab_column(i); }
   static constexpr DEVICE int key(int i) { return slab_row(i); }
   static DEVICE int lane_query() { return lane_column(); }

@@ -77,19 +77,42 @@ struct Band {
     return cut;
   }
 
-  // Replaces the invisible elements of a slab whose first score is (query, key).
+  // Replaces the invisible elements of a slab whose first score is (query, key). What a row of the slab shows is a range of its
+  // columns, so that an element costs one comparison for each end of the range that the band has.
   template <class Orientation, int kSize>
   DEVICE void select(float (&slab)[kSize], float fill, int query, int key) const {
+    constexpr bool kBegins = Orientation::kQueryRows ? Config::window_left : Config::window_right;
+    constexpr bool kEnds = Orientation::kQueryRows || Config::window_left || !Config::window_right;
     const int lane_key = key + Orientation::lane_key();
     const int diagonal = lane_key - (query + Orientation::lane_query()) - offset;
+    const Range visible[2] = {columns<Orientation>(0, lane_key, diagonal), columns<Orientation>(8, lane_key, diagonal)};
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const int distance = Orientation::key(i) - Orientation::query(i);  // compares with a bound that holds for the whole slab
-      bool visible = Orientation::key(i) < seqlen_k - lane_key;
-      if constexpr (Config::window_right) visible &= distance <= right - diagonal;
-      if constexpr (Config::window_left) visible &= distance >= -left - diagonal;
-      slab[i] = visible ? slab[i] : fill;
+      const Range& range = visible[slab_row(i) / 8];
+      bool inside = true;
+      if constexpr (kBegins) inside &= slab_column(i) >= range.begin;
+      if constexpr (kEnds) inside &= slab_column(i) < range.end;
+      slab[i] = inside ? slab[i] : fill;
     }
+  }
+
+ private:
+  // Visible columns of the thread's slab row 0 or 8; `diagonal` is key - query - offset at the thread's first element.
+  template <class Orientation>
+  DEVICE Range columns(int row, int lane_key, int diagonal) const {
+    constexpr int kUnbounded = 1 << 30;
+    Range range = {-kUnbounded, kUnbounded};
+    if constexpr (Orientation::kQueryRows) {
+      range.end = seqlen_k - lane_key;
+      if constexpr (Config::window_right) range.end = min(range.end, right - diagonal + row + 1);
+      if constexpr (Config::window_left) range.begin = row - left - diagonal;
+    } else {
+      const bool absent = row >= seqlen_k - lane_key;
+      if constexpr (Config::window_right) range.begin = absent ? kUnbounded : row - right + diagonal;
+      if constexpr (Config::window_left) range.end = row + left + diagonal + 1;
+      if constexpr (!Config::window_right) range.end = absent ? -kUnbounded : range.end;
+    }
+    return range;
   }
 };
 

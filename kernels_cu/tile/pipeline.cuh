@@ -57,10 +57,10 @@ struct TileQueue {
       arch::barrier_init(empty(slot), readers);
     }
   }
-  // Producer: the tile after the CTA's first, which is its block index. Drawn late, so that the order of tiles is the order in
-  // which CTAs become free.
-  DEVICE static int draw(int* counter, int num_tiles) {
-    const int drawn = arch::fetch_add(counter, 1);
+  // Producer: a number for the tile after the CTA's first, which is its block index. Drawn late, so that the order of tiles is
+  // the order in which CTAs become free; used later still, so that nobody waits for it.
+  DEVICE static int draw(int* counter) { return arch::fetch_add(counter, 1); }
+  DEVICE static int tile_of(int drawn, int* counter, int num_tiles) {
     if (drawn == num_tiles - 1) *counter = 0;
     return drawn + arch::grid_size();
   }
