@@ -19,7 +19,9 @@ ITEMSIZE = 2  # bytes of both
 BACKWARD_FLOPS = 2.5  # of a forward: five matrix products instead of two
 SINKS_THREADS = 256
 SINKS_BYTES = 4 * SINKS_THREADS // 32  # one partial sum per warp
-SECTION_BYTES = 32 * MB  # measured on H200: larger sections of keys and values no longer stay in L2
+# Sections of heads whose keys and values, or queries and their gradients, stay in L2 together: measured on an H200.
+FORWARD_SECTION_BYTES = 16 * MB
+BACKWARD_SECTION_BYTES = 32 * MB
 SECTION_SHARE = 0.6  # of a smaller L2
 
 
@@ -446,17 +448,18 @@ def _launchable(*steps: Step) -> tuple[Step, ...]:
 def forward_section_heads(problem: Problem, device: DeviceInfo) -> int:
     """Query heads whose keys and values stay in L2 together: those of a power of two of kv heads."""
     per_kv_head = problem.layout.seqlen_k * (problem.head_dim + problem.head_dim_v) * ITEMSIZE
-    return problem.group_size * _section(problem, device, per_kv_head)
+    return problem.group_size * _section(problem, device, per_kv_head, FORWARD_SECTION_BYTES)
 
 
 def backward_section_heads(problem: Problem, device: DeviceInfo) -> int:
     """Kv heads whose groups' q, dout and float32 dq stay in L2 together: all blocks of a kv head use these."""
     per_row = problem.head_dim * (ITEMSIZE + 4) + problem.head_dim_v * ITEMSIZE
-    return _section(problem, device, problem.group_size * problem.layout.seqlen_q * per_row)
+    per_kv_head = problem.group_size * problem.layout.seqlen_q * per_row
+    return _section(problem, device, per_kv_head, BACKWARD_SECTION_BYTES)
 
 
-def _section(problem: Problem, device: DeviceInfo, bytes_per_kv_head: int) -> int:
-    limit = min(SECTION_BYTES, SECTION_SHARE * device.l2_bytes)
+def _section(problem: Problem, device: DeviceInfo, bytes_per_kv_head: int, most_bytes: int) -> int:
+    limit = min(most_bytes, SECTION_SHARE * device.l2_bytes)
     heads = 1
     while heads < problem.layout.batch * problem.num_kv_heads and 2 * heads * bytes_per_kv_head <= limit:
         heads *= 2

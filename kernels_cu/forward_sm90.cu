@@ -45,6 +45,14 @@ struct True {
 struct False {
   static constexpr bool value = false;
 };
+template <int kKeys>
+struct NumKeys {
+  static constexpr int value = kKeys;
+};
+
+// For every other warpgroup the diagonal ends in the first half of a block. Without turns it pays to be late: warpgroups that
+// begin a tile in step stay in step, and leave the tensor cores idle together.
+constexpr bool kHalves = Config::window_right && Config::ping_pong && kBlockN == 2 * tile::kWarpgroupRows;
 
 struct Shared {
   Queries q;
@@ -182,16 +190,15 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
     float rescale[2] = {1.f, 1.f};
     tile::clear(out);
 
-    // Scores of a block to what the softmax takes.
-    const auto modify = [&](float(&scores)[kBlockN / 2], int n_block, auto cut) {
+    // Scores of a block, or of its first keys, to what the softmax takes.
+    const auto modify = [&](auto& scores, int n_block, auto cut) {
       modifier.template apply<QueryRows>(scores, query, n_block * kBlockN, sequence.offset);
       if constexpr (decltype(cut)::value) band.template select<QueryRows>(scores, -arch::infinity(), query, n_block * kBlockN);
     };
-    const auto to_probabilities = [&](float(&scores)[kBlockN / 2], int n_block) {
+    const auto drop = [&](auto& scores, int n_block) {
       if constexpr (Config::dropout)
-        dropout.template for_each<QueryRows, kBlockN / 2>(query, n_block * kBlockN,
-                                                          [&](int i, bool kept) { scores[i] = kept ? scores[i] : 0.f; });
-      tile::to_operand<Element>(probabilities, scores);
+        dropout.template for_each<QueryRows, sizeof(scores) / sizeof(float)>(
+            query, n_block * kBlockN, [&](int i, bool kept) { scores[i] = kept ? scores[i] : 0.f; });
     };
     const auto rescale_out = [&] {
       if (!Config::lazy_rescale || arch::any(rescale[0] < 1.f || rescale[1] < 1.f)) tile::scale_rows(out, rescale);
@@ -231,29 +238,42 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       arch::pin(probabilities);
       if (leader) shared.v.release(use);
       ++use;
-      to_probabilities(scores, n_block);
+      drop(scores, n_block);
+      tile::to_operand<Element>(probabilities, scores);
       if constexpr (Config::head_dim_v <= 128) rescale_out();
+    };
+
+    // Probabilities of a tile's first block; beyond its first kKeys keys there are none.
+    const auto first_step = [&](int n_block, auto keys) {
+      constexpr int kKeys = decltype(keys)::value;
+      float scores[kKeys / 2];
+      shared.k.wait_full(use);
+      turns.wait();
+      tile::start_transposed<Element, Config::head_dim, kBlockM, kBlockN>(scores, shared.q.stage(query_use), group_row,
+                                                                          shared.k.stage(use));
+      turns.pass();
+      arch::product_wait<0>();
+      arch::pin(scores);
+      if (leader) shared.k.release(use);
+      if (kOwnOut && (leader & (n_block == blocks.begin))) shared.q.release(query_use);
+      modify(scores, n_block, True{});
+      tile::online_softmax(scores, state, unit, rescale);
+      drop(scores, n_block);
+      uint32 visible[kKeys / 4];
+      tile::to_operand<Element>(visible, scores);
+#pragma unroll
+      for (int i = 0; i < kBlockN / 4; ++i) probabilities[i] = i < kKeys / 4 ? visible[i] : 0;
+      rescale[0] = rescale[1] = 1.f;  // there is no output yet: 0 times it is not wanted either
     };
 
     skip(loaded.end - blocks.end);
     if (blocks.begin < blocks.end) {
       shared.q.wait_full(query_use);
       int n_block = blocks.end - 1;
-      {
-        float scores[kBlockN / 2];
-        shared.k.wait_full(use);
-        turns.wait();
-        tile::start_transposed<Element, Config::head_dim, kBlockM, kBlockN>(scores, shared.q.stage(query_use), group_row, shared.k.stage(use));
-        turns.pass();
-        arch::product_wait<0>();
-        arch::pin(scores);
-        if (leader) shared.k.release(use);
-        if (kOwnOut && (leader & (n_block == blocks.begin))) shared.q.release(query_use);
-        modify(scores, n_block, True{});
-        tile::online_softmax(scores, state, unit, rescale);
-        to_probabilities(scores, n_block);
-        rescale[0] = rescale[1] = 1.f;  // there is no output yet: 0 times it is not wanted either
-      }
+      if (kHalves && band.template key_blocks<tile::kWarpgroupRows, kBlockN / 2>(first_query).end < 2 * blocks.end)
+        first_step(n_block, NumKeys<kHalves ? kBlockN / 2 : kBlockN>{});
+      else
+        first_step(n_block, NumKeys<kBlockN>{});
       --n_block;
 #pragma unroll 1
       for (; n_block >= blocks.begin && n_block >= whole.end; --n_block) step(n_block, True{});

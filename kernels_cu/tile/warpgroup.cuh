@@ -16,16 +16,17 @@ constexpr DEVICE int column_block_bytes(int k) {
   return k / 4 * (kRows * kChunkRowBytes) + k % 4 * 32;
 }
 
-// slab = A[row_a ..][:] . B^T over kDepth columns of both tiles; row_a is a multiple of 64.
-template <class Element, int kDepth, int kRowsA, int kRowsB>
-DEVICE void start_transposed(float (&slab)[kRowsB / 2], SharedAddress a, int row_a, SharedAddress b) {
+// slab = A[row_a ..][:] . B^T over kDepth columns of both tiles; row_a is a multiple of 64. The slab may be narrower than B has rows.
+template <class Element, int kDepth, int kRowsA, int kRowsB, int kSize>
+DEVICE void start_transposed(float (&slab)[kSize], SharedAddress a, int row_a, SharedAddress b) {
+  static_assert(2 * kSize <= kRowsB);
   const arch::ProductOperand operand_a(a + row_a * kChunkRowBytes, 16), operand_b(b, 16);
   arch::pin(slab);
   arch::product_fence();
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
-    arch::Product<kRowsB, Element>::shared(slab, operand_a.at(column_block_bytes<kRowsA>(k)),
-                                           operand_b.at(column_block_bytes<kRowsB>(k)), k > 0);
+    arch::Product<2 * kSize, Element>::shared(slab, operand_a.at(column_block_bytes<kRowsA>(k)),
+                                              operand_b.at(column_block_bytes<kRowsB>(k)), k > 0);
   arch::product_commit();
   arch::pin(slab);
 }

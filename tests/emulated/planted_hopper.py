@@ -19,9 +19,14 @@ DEADLOCK = "deadlock: waits for"
 # More tiles than multiprocessors, two blocks of queries, three of keys, the last of each cut.
 TILES = Case("tiles", seqlen_q=203, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True)
 IN_TURN = replace(TILES, id="in-turn", head_dim=64)
-SHARED_STAGING = replace(TILES, id="shared-staging", head_dim=192)
+SHARED_STAGING = Case("shared-staging", seqlen_q=1040, seqlen_k=60, num_heads=2, num_kv_heads=1, head_dim=256)
 WIDE = replace(TILES, id="wide", head_dim=256, causal=False, seqlen_k=650, seqlen_q=65)
+# The compiler, not the kernel, says where to wait for the output's product.
+IN_ORDER = Case("in-order", seqlen_q=129, seqlen_k=650, head_dim=64)
 MANY_KEYS = Case("many-keys", seqlen_q=129, seqlen_k=650, head_dim=128)
+# Every tile's warpgroups end in different blocks of keys.
+PASSING = Case("passing", seqlen_q=580, seqlen_k=580, head_dim=64, causal=True)
+MANY_QUERIES = Case("many-queries", seqlen_q=700, seqlen_k=300, num_heads=4, num_kv_heads=4, head_dim=256)
 FEW_KEYS = Case("few-keys", seqlen_q=203, seqlen_k=203, num_heads=8, num_kv_heads=8, head_dim=128)
 
 forward_bug = partial(Bug, entry="forward_sm90", arch="sm_90a", case=TILES)
@@ -32,18 +37,18 @@ END_OF_OUTPUT = """arch::product_wait<0>();
       if (leader) shared.v.release(use);
       ++use;
     }"""
-END_OF_STEP = END_OF_OUTPUT.replace("    }", "      to_probabilities")
+END_OF_STEP = END_OF_OUTPUT.replace("    }", "      drop")
 
 FORWARD_BUGS = [
     forward_bug("keys released before their product has ended", error=TwinError, message=OVERWRITTEN, case=MANY_KEYS,
         before="arch::product_wait<1>();\n      arch::pin(scores);\n      if (leader) shared.k.release(use + 1);",
         after="if (leader) shared.k.release(use + 1);\n      arch::product_wait<1>();"),
-    forward_bug("values released before their product has ended", error=TwinError, message=OVERWRITTEN, case=WIDE,
+    forward_bug("values released before their product has ended", error=TwinError, message=OVERWRITTEN, case=IN_ORDER,
         before=END_OF_STEP,
-        after="if (leader) shared.v.release(use);\n arch::product_wait<0>();\n ++use;\n to_probabilities"),
-    forward_bug("queries released at the start", error=TwinError, message=RACE,
-        before="int n_block = blocks.end - 1;\n      {",
-        after="int n_block = blocks.end - 1;\n if (leader) shared.q.release(query_use);\n {"),
+        after="if (leader) shared.v.release(use);\n arch::product_wait<0>();\n ++use;\n drop"),
+    forward_bug("queries released at the start", error=TwinError, message=f"{RACE}|{DEADLOCK}",
+        before="      int n_block = blocks.end - 1;\n      if (kHalves",
+        after="int n_block = blocks.end - 1;\n if (leader) shared.q.release(query_use);\n if (kHalves"),
     forward_bug("producer waits for the wrong parity", error=TwinError, message=DEADLOCK,
         before="(use / kStages & 1) ^ 1", after="(use / kStages & 1)"),
     forward_bug("consumers wait for the wrong parity", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
@@ -65,7 +70,7 @@ FORWARD_BUGS = [
         message="there is no barrier|uses the barrier",
         before="arch::block_barrier();\n  const int warpgroup", after="const int warpgroup"),
     forward_bug("missing proxy fence before the output leaves", error=TwinError, message=PROXY,
-        before="    arch::fence_async_proxy();\n", after=""),
+        before="      arch::fence_async_proxy();\n", after=""),
     forward_bug("wrong stride between chunks of values", error=WrongAnswer,
         before="operand_b(b, kRowsB * kChunkRowBytes);", after="operand_b(b, kRowsB * kChunkRowBytes / 2);"),
     forward_bug("wrong stride between steps of values", error=WrongAnswer,
@@ -81,7 +86,7 @@ FORWARD_BUGS = [
     forward_bug("missing wait for scores", error=TwinError, message=UNDER_WAY,
         before="arch::product_wait<1>();", after="arch::product_wait<2>();"),
     forward_bug("probabilities overwritten in flight", error=TwinError, message=f"{UNDER_WAY}|{DEADLOCK}", case=WIDE,
-        before=END_OF_STEP, after="++use;\n arch::product_wait<1>();\n to_probabilities"),
+        before=END_OF_STEP, after="++use;\n arch::product_wait<1>();\n drop"),
     forward_bug("output read before its product has ended", error=TwinError, message=UNDER_WAY,
         before=END_OF_OUTPUT, after="if (leader) shared.v.release(use);\n ++use;\n }"),
     forward_bug("missing product fence", error=TwinError, message="no product_fence",
@@ -90,15 +95,15 @@ FORWARD_BUGS = [
         before="operand_a(a + row_a * kChunkRowBytes, 16), operand_b(b, 16)",
         after="operand_a(a, 16), operand_b(b, 16)"),
     forward_bug("warpgroups store the same rows", error=TwinError, message=f"{PROXY}|{RACE}",
-        before="shared.out + (c * kBlockM + group_row)", after="shared.out + (c * kBlockM)"),
+        before="((staged - c) * kBlockM + group_row)", after="((staged - c) * kBlockM)"),
     forward_bug("output staged before the last one has left", error=TwinError, message=OVERWRITTEN,
-        before="if (storer) arch::copy_to_global_wait_read();  // the previous", after="// the previous"),
+        before="if (storer) arch::copy_to_global_wait_read();  // what was", after="// what was"),
     forward_bug("missing barrier before the output is staged", error=TwinError, message=OVERWRITTEN,
-        before="has left its place\n    arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);",
-        after="has left its place"),
+        before="before has left\n      arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);",
+        after="before has left"),
     forward_bug("missing barrier after the output is staged", error=TwinError, message=f"{PROXY}|no barrier in between",
         before="arch::fence_async_proxy();\n"
-               "    arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);",
+               "      arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);",
         after="arch::fence_async_proxy();"),
     forward_bug("q loaded before the output has left its place", error=TwinError,
         message=OVERWRITTEN, case=SHARED_STAGING,
@@ -120,6 +125,17 @@ FORWARD_BUGS = [
         before="kConsumers == 2 ? 40 : 32", after="kConsumers == 2 ? 56 : 32"),
     forward_bug("tail of keys not masked", error=WrongAnswer, case=MANY_KEYS,
         before="modify(scores, n_block, True{});", after="modify(scores, n_block, False{});"),
+    forward_bug("queries released before the last scores", error=TwinError, message=f"{OVERWRITTEN}|{RACE}", case=MANY_QUERIES,
+        before="(leader & (n_block == blocks.begin))) shared.q.release(query_use);\n\n",
+        after="(leader & (n_block == blocks.begin + 1))) shared.q.release(query_use);\n\n"),
+    forward_bug("a passing block not given back", error=TwinError, message=DEADLOCK, case=PASSING,
+        before="        if (leader) shared.v.release(use);\n      }\n    };", after="      }\n    };"),
+    forward_bug("a block passes out of turn", error=TwinError, message=DEADLOCK, case=PASSING,
+        before="        turns.wait();\n        turns.pass();\n        if (leader)", after="        if (leader)"),
+    forward_bug("half of the first block too often", error=WrongAnswer, case=PASSING,
+        before=".end < 2 * blocks.end)", after=".end <= 2 * blocks.end)"),
+    forward_bug("probabilities of the last tile beyond the first half", error=WrongAnswer, case=PASSING,
+        before="i < kKeys / 4 ? visible[i] : 0;", after="i < kKeys / 4 ? visible[i] : visible[i % (kKeys / 4)];"),
     forward_bug("output not rescaled", error=WrongAnswer,
         before="tile::scale_rows(out, rescale);", after=";"),
 ]  # fmt: skip
