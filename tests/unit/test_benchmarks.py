@@ -289,6 +289,13 @@ class TestRun:
         assert set(absent) <= {"fa4"}
         assert all(absent.values())
 
+    def test_a_build_without_a_backward_is_not_asked_for_one(self, monkeypatch):
+        fa3, cell = providers.PROVIDERS["fa3"], square(64, 512)
+        assert fa3.unsupported(cell, "bwd") is None
+        monkeypatch.setitem(sys.modules, "fa3_fwd_interface", object())
+        assert fa3.unsupported(cell, "fwd") is None
+        assert fa3.unsupported(cell, "bwd") == "is a build without a backward"
+
 
 class TestRecord:
     def test_source_hash_follows_names_and_contents(self, tmp_path):
