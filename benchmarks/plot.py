@@ -6,7 +6,7 @@ PYTHONPATH=. python -m benchmarks.plot
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,9 +14,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - the backend must be chosen first
 
-from benchmarks import record  # noqa: E402
+from benchmarks import compare, record  # noqa: E402
 from benchmarks.run import OURS  # noqa: E402
-from benchmarks.workloads import short_length  # noqa: E402
+from benchmarks.workloads import Cell, short_length  # noqa: E402
 
 Row = dict[str, str]
 
@@ -54,18 +54,6 @@ def newest(rows: Iterable[Row], key: Sequence[str]) -> dict[tuple[str, ...], Row
     return {tuple(row[column] for column in key): row for row in rows}
 
 
-def newest_runs(rows: Sequence[Row]) -> list[Row]:
-    """For every cell the rows of the newest run that measured one of ours: ratios hold within one run only."""
-    cell = (*PROBLEM_KEY, "mask", "feature")
-    measured = [row for row in rows if row["ok"] == "True"]
-    ours = newest((row for row in measured if row["provider"] in OURS), cell)
-    return [
-        row
-        for row in measured
-        if (mine := ours.get(tuple(row[column] for column in cell))) and row["run"] == mine["run"]
-    ]
-
-
 def caption(figure, rows: Sequence[Row]) -> None:
     """Where and when the numbers were taken, from the rows themselves."""
     places = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
@@ -82,45 +70,53 @@ def save(figure, folder: Path, name: str, rows: Sequence[Row]) -> Path:
 
 
 def speed(folder: Path) -> list[Path]:
-    """TFLOP/s by length, one panel a head dim and mask, one line a provider, one figure a pass."""
-    rows = [
-        row
-        for row in newest_runs(record.read_rows(folder / "speed.csv"))
-        if row["feature"] == "plain" and row["dtype"] == "bfloat16" and row["num_heads"] == row["num_kv_heads"]
-        and row["mask"] in ("full", "causal") and row["seqlen_q"] == row["seqlen_k"]
-    ]  # fmt: skip
+    """TFLOP/s by length of the planner's choice, beside everything that was in the same run."""
+    return _speed(folder, "speed", compare.HOPPER, LABELS)
+
+
+def portable(folder: Path) -> list[Path]:
+    """TFLOP/s by length of the portable kernels, beside the peer that uses the same instructions."""
+    return _speed(folder, "portable", compare.PORTABLE, compare.PORTABLE.providers)
+
+
+def _speed(folder: Path, name: str, comparison: compare.Comparison, providers: Collection[str]) -> list[Path]:
+    """One panel a head dim and mask, one line a provider, one figure a pass."""
+    rows = compare.on_gpu(record.read_rows(folder / "speed.csv"))
+    chosen = {(one.cell, one.pass_): one.run for one in compare.compare(comparison, compare.by_run(rows))}
+    measured = [(compare.cell_of(row), row) for row in rows if row["provider"] in providers]
     paths = []
-    for pass_ in PASS_TITLES:
-        chosen = [row for row in rows if row["pass"] == pass_]
-        if not chosen:
+    for pass_, title in PASS_TITLES.items():
+        of_pass = [(cell, row) for cell, row in measured if row["pass"] == pass_]
+        drawn = [(cell, row) for cell, row in of_pass if chosen.get((cell, pass_)) == row["run"]]
+        if not drawn:
             continue
-        dims = sorted({int(row["head_dim"]) for row in chosen})
-        masks = [mask for mask in ("full", "causal") if any(row["mask"] == mask for row in chosen)]
-        figure, axes = plt.subplots(
-            len(masks), len(dims), figsize=(4.2 * len(dims), 3.2 * len(masks)), squeeze=False, layout="constrained"
-        )
-        for axis, (mask, dim) in zip(axes.flat, ((m, d) for m in masks for d in dims), strict=True):
-            panel = [row for row in chosen if row["mask"] == mask and int(row["head_dim"]) == dim]
-            for provider in (name for name in LABELS if any(row["provider"] == name for row in panel)):
-                points = sorted((int(r["seqlen_q"]), float(r["tflops"])) for r in panel if r["provider"] == provider)
+        kinds = list(dict.fromkeys(compare.kind_of(cell) for cell, _ in sorted(drawn, key=_panel)))
+        columns = -(-len(kinds) // 2)
+        figure, axes = plt.subplots(2, columns, figsize=(4.2 * columns, 6.4), squeeze=False, layout="constrained")
+        for axis, kind in zip(axes.T.flat, kinds, strict=False):
+            panel = [(cell, row) for cell, row in drawn if compare.kind_of(cell) == kind]
+            for provider in (label for label in LABELS if any(row["provider"] == label for _, row in panel)):
+                points = sorted((c.seqlen_q, float(row["tflops"])) for c, row in panel if row["provider"] == provider)
                 style = {"linewidth": 2.4, "zorder": 3} if provider in OURS else {"linewidth": 1.2}
-                axis.plot(
-                    *zip(*points, strict=True),
-                    "o-",
-                    markersize=3,
-                    color=COLORS[provider],
-                    label=LABELS[provider],
-                    **style,
-                )
-            axis.set_title(f"head_dim {dim}, {mask}", fontsize=10)
-            _length_axis(axis, sorted({int(row["seqlen_q"]) for row in panel}))
+                color, label = COLORS[provider], LABELS[provider]
+                axis.plot(*zip(*points, strict=True), "o-", markersize=3, color=color, label=label, **style)
+            axis.set_title(kind, fontsize=10)
+            _length_axis(axis, sorted({cell.seqlen_q for cell, _ in panel}))
             axis.set_ylim(bottom=0)
             axis.set_ylabel("TFLOP/s")
+        for axis in axes.T.flat[len(kinds) :]:
+            axis.set_axis_off()
         handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-        figure.suptitle(f"Attention {PASS_TITLES[pass_]}, bfloat16")
-        paths.append(save(figure, folder, f"speed_{pass_}", chosen))
+        figure.suptitle(f"Attention {title}, bfloat16: {comparison.title}")
+        paths.append(save(figure, folder, f"{name}_{pass_}", [row for _, row in drawn]))
     return paths
+
+
+def _panel(measured: tuple[Cell, Row]) -> tuple[bool, int, bool]:
+    """Order of the panels: equal heads first, by head dim, full above causal."""
+    cell, _ = measured
+    return cell.num_heads != cell.num_kv_heads, cell.head_dim, cell.causal
 
 
 def memory(folder: Path) -> list[Path]:
@@ -230,7 +226,7 @@ def _length_axis(axis, lengths: Sequence[int]) -> None:
     axis.grid(alpha=0.3)
 
 
-FIGURES = (speed, memory, standard_steps, traffic, energy)
+FIGURES = (speed, portable, memory, standard_steps, traffic, energy)
 
 
 def main(argv: list[str] | None = None) -> None:

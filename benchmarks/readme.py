@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import cuflash
-from benchmarks.plot import PASS_TITLES, newest, newest_runs
+from benchmarks import compare
+from benchmarks.compare import Row, cell_of
+from benchmarks.plot import PASS_TITLES, newest
 from benchmarks.record import PROBLEM_COLUMNS, RESULTS, ROOT, read_rows
-from benchmarks.run import OURS
-from benchmarks.workloads import Cell
 
 README = ROOT / "README.md"
-PORTABLE, PORTABLE_PEER = "cuflash_sm80", "torch_flash"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end: \2 -->)", flags=re.DOTALL)
-
-Row = Mapping[str, str]
 
 
 def render(text: str, results: Path = RESULTS) -> str:
@@ -59,11 +55,6 @@ def pass_of(row: Row) -> str:
     return PASS_TITLES.get(row["pass"], row["pass"])
 
 
-def cell_of(row: Row) -> Cell:
-    is_int = {column: Cell.__annotations__[column] == "int" for column in PROBLEM_COLUMNS}
-    return Cell(**{column: int(row[column]) if is_int[column] else row[column] for column in PROBLEM_COLUMNS})
-
-
 def support(results: Path) -> str:
     """A line for each feature and a column for each backend: the dtypes that it runs with there."""
     by_feature: dict[tuple[str, str], dict[str, str]] = {}
@@ -85,55 +76,23 @@ def minilm(results: Path) -> str:
 
 
 def speed(results: Path) -> str:
-    """Our rate beside the best peer's of the same run, and the ratios to every peer over all cells."""
-    rows = newest_runs([row for row in read_rows(results / "speed.csv") if not row["gpu"].startswith("none")])
-    by_call: dict[tuple[Cell, str], dict[str, float]] = {}
-    for row in rows:
-        by_call.setdefault((cell_of(row), row["pass"]), {})[row["provider"]] = float(row["tflops"])
-    if not by_call:
+    """Our rates to those of the peers, per head dim and mask and then per cell, and those of features to plain ones."""
+    rows = read_rows(results / "speed.csv")
+    runs = compare.by_run(rows)
+    parts, used = [], set()
+    for comparison in compare.COMPARISONS:
+        if compared := compare.compare(comparison, runs):
+            cells = f"<details><summary>every cell</summary>\n\n{table(*compare.cell_lines(compared))}\n\n</details>"
+            summary = table(*compare.summary_lines(comparison, compared))
+            parts.append(f"**{comparison.title}** (`{comparison.ours}`)\n\n{summary}\n\n{cells}")
+            used |= {one.run for one in compared}
+    if ratios := compare.feature_ratios(runs):
+        lines = table(*compare.feature_lines(ratios))
+        parts.append(f"**features** (`{compare.HOPPER.ours}`), forward / backward, on as many visible pairs\n\n{lines}")
+        used |= {run for run, _ in ratios.values()}
+    if not parts:
         return "No record yet: `python -m benchmarks.run`."
-    cells = dict.fromkeys(cell for cell, _ in by_call)
-    columns = ("TFLOP/s", "best peer", "ratio")
-    header = ["cell", *(f"{title}, {column}" for title in PASS_TITLES.values() for column in columns)]
-    lines = [
-        [cell.name, *(value for pass_ in PASS_TITLES for value in compare(*split(by_call.get((cell, pass_), {}))))]
-        for cell in cells
-    ]
-    return f"{ratios(by_call)}\n\n{table(header, lines)}{taken_on(rows)}"
-
-
-def split(rates: Mapping[str, float]) -> tuple[float | None, dict[str, float]]:
-    """Our own rate (of the planner's choice where that was measured) and those of the peers."""
-    mine = next((rates[name] for name in OURS if name in rates), None)
-    return mine, {name: rate for name, rate in rates.items() if name not in OURS}
-
-
-def compare(mine: float | None, peers: Mapping[str, float]) -> tuple[str, str, str]:
-    if mine is None or not peers:
-        return "–" if mine is None else f"{mine:.0f}", "–", "–"
-    best = max(peers, key=peers.get)
-    return f"{mine:.0f}", f"{peers[best]:.0f} ({best})", f"{mine / peers[best]:.2f}"
-
-
-def ratios(by_call: Mapping[tuple[Cell, str], Mapping[str, float]]) -> str:
-    """Per pass and peer: over how many cells, the geometric mean of ours to theirs, and the worst of them.
-
-    The portable kernels are held against the peer that uses the same instructions, PyTorch's FlashAttention-2.
-    """
-    found: dict[tuple[str, str, str], dict[str, float]] = {}
-    for (cell, pass_), rates in by_call.items():
-        mine, peers = split(rates)
-        for name, rate in peers.items() if mine else ():
-            found.setdefault((pass_, "cuflash", name), {})[cell.name] = mine / rate
-        if PORTABLE in rates and PORTABLE_PEER in rates:
-            ratio = rates[PORTABLE] / rates[PORTABLE_PEER]
-            found.setdefault((pass_, PORTABLE, PORTABLE_PEER), {})[cell.name] = ratio
-    lines = []
-    for (pass_, ours, name), values in sorted(found.items(), reverse=True):
-        worst = min(values, key=values.get)
-        mean = statistics.geometric_mean(values.values())
-        lines.append((PASS_TITLES[pass_], ours, name, len(values), f"{mean:.2f}", f"{values[worst]:.2f} ({worst})"))
-    return table(("pass", "ours", "against", "cells", "geometric mean of the ratios", "worst"), lines)
+    return "\n\n".join(parts) + taken_on(row for row in compare.on_gpu(rows) if row["run"] in used)
 
 
 def memory(results: Path) -> str:

@@ -17,6 +17,8 @@ from benchmarks.workloads import DROPOUT_SEED, Cell
 from cuflash.dropout import Dropout, keep_mask
 
 ROWS = 2048  # query rows of a block
+GATE_PAIRS = 1 << 29  # (query, key) pairs that a gate looks at before it looks at fewer heads
+DRAWN_PAIRS = 1 << 26  # the same where a dropout mask is drawn, which the host does: seconds at long lengths
 MAX_FACTOR, MEAN_FACTOR, TINY_FACTOR = 2.0, 1.5, 8.0  # semantics.md, "Accuracy"
 
 
@@ -128,9 +130,14 @@ def _keep_mask(dropout_p: float, batch: int, head: int, seqlen_q: int, seqlen_k:
 
 
 def sampled_heads(cell: Cell, count: int) -> list[tuple[int, int]]:
-    """(batch, kv_head) pairs to check: the first, the last, and others spread evenly between them."""
+    """At most ``count`` (batch, kv_head) pairs to check: the first, the last, and others spread evenly between them.
+
+    Fewer where heads are long, so that the gate takes less time than what it guards.
+    """
     total = cell.batch * cell.num_kv_heads
-    picks = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+    pairs = cell.num_heads // cell.num_kv_heads * cell.seqlen_q * cell.seqlen_k
+    affordable = max(1, DRAWN_PAIRS // pairs) if cell.dropout_p else max(2, GATE_PAIRS // pairs)
+    picks = np.unique(np.linspace(0, total - 1, min(count, affordable, total)).round().astype(int))
     return [divmod(int(pick), cell.num_kv_heads) for pick in picks]
 
 
@@ -142,8 +149,7 @@ class Gate:
         self._group = cell.num_heads // cell.num_kv_heads
         low = Precision.low(arrays["q"].dtype)
         self._references = {}
-        # A dropout mask is drawn on the host, which takes seconds at long lengths: fewer heads there.
-        for batch, kv_head in sampled_heads(cell, min(heads, 2) if cell.dropout_p else heads):
+        for batch, kv_head in sampled_heads(cell, heads):
             exact = head_reference(cell, arrays, batch, kv_head, Precision.exact(), backward)
             rounded = head_reference(cell, arrays, batch, kv_head, low, backward)
             tiny = TINY_FACTOR * np.finfo(low.accumulator).eps * cell.seqlen_k**0.5

@@ -1,6 +1,6 @@
 """Time attention beside its peers: gate, interleave, record.
 
-    PYTHONPATH=. python -m benchmarks.run --cells speed --passes fwd,bwd --rounds 3 --budget-seconds 500
+    PYTHONPATH=. python -m benchmarks.run --cells hopper,gqa --passes fwd,bwd --rounds 3 --budget-seconds 500
 
 Every provider's result is compared with a float64 reference before any of its time counts; what fails is recorded as
 not ok and not timed. Rows are written cell by cell, so an interrupted run keeps what it measured.
@@ -20,15 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
-from benchmarks import ceilings, record
+from benchmarks import ahead, ceilings, record
 from benchmarks.inputs import random_inputs
 from benchmarks.providers import PROVIDERS, Provider, available, reason
 from benchmarks.reference import Gate
 from benchmarks.timing import Clock, Job, Sample, interleave
 from benchmarks.workloads import GROUPS, Cell, select
+from cuflash.device import DeviceInfo
 
 PASSES = ("fwd", "bwd")
 OURS = ("cuflash", "cuflash_sm80", "cuflash_numpy")
@@ -127,6 +128,24 @@ class CellBench:
         return self._arrays[device, cell]
 
 
+def compile_ahead(
+    console: Console, cells: Sequence[Cell], providers: Sequence[Provider], passes: Sequence[str]
+) -> None:
+    """Compile our kernels in parallel, so that no cell waits for the compiler.
+
+    One that does not compile fails its cells, which record why.
+    """
+    ours = [provider for provider in providers if provider.name in OURS and provider.device == "gpu"]
+    wanted = {}
+    for provider in ours:
+        for pass_ in passes:
+            taken = [cell for cell in cells if provider.unsupported(cell, pass_) is None]
+            wanted |= dict.fromkeys(ahead.specs(taken, [pass_], provider.kernels, DeviceInfo.current(0)))
+    if wanted:
+        for _ in track(ahead.build_all(wanted), "compiling kernels", total=len(wanted), console=console):
+            pass
+
+
 def namespace_of(device: str):
     if device == "cpu":
         import numpy
@@ -216,7 +235,9 @@ def dry_run(console: Console, cells: Sequence[Cell], names: Sequence[str], passe
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", default="speed", help=f"groups or patterns on names; groups: {', '.join(GROUPS)}")
+    parser.add_argument(
+        "--cells", default="hopper,gqa", help=f"groups or patterns on names; groups: {', '.join(GROUPS)}"
+    )
     parser.add_argument("--passes", default="fwd,bwd")
     parser.add_argument("--providers", default="all", help=f"all (on a GPU), or some of {', '.join(PROVIDERS)}")
     parser.add_argument("--rounds", type=int, default=3)
@@ -260,6 +281,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     }  # fmt: skip
     record.append_rows(args.out / "runs.csv", record.RUN_COLUMNS, [run_row])
 
+    compile_ahead(console, args.cells, providers, args.passes)
     results, longest_cell = [], 0.0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:

@@ -16,6 +16,8 @@ from benchmarks.kernels import hold_stream
 
 WARM_LAUNCHES = 2
 BURST_LAUNCHES = 6
+FEWEST_LAUNCHES = 3
+LONG_BURST = 60e-3  # seconds; long calls have enough work in fewer launches, and power settles within one
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,15 @@ class Clock(Protocol):
         """Milliseconds of each timed call of one burst."""
 
 
+def burst_launches(seconds: float, launches: int = BURST_LAUNCHES) -> int:
+    """Launches of a burst for a call that takes ``seconds``.
+
+    >>> burst_launches(1e-4), burst_launches(15e-3), burst_launches(1.0)
+    (6, 4, 3)
+    """
+    return min(launches, max(FEWEST_LAUNCHES, int(LONG_BURST / seconds)))
+
+
 class EventClock:
     """CUDA events on the stream that CuPy and PyTorch share, one pair a launch.
 
@@ -48,14 +59,16 @@ class EventClock:
         import cupy
 
         self._cupy, self._launches = cupy, launches
-        self._host_seconds: dict[Callable[[], object], float] = {}
+        self._probes: dict[Callable[[], object], tuple[float, int]] = {}
 
     def burst(self, call: Callable[[], object]) -> list[float]:
         cupy = self._cupy
-        if call not in self._host_seconds:
-            self._host_seconds[call] = self._enqueue_seconds(call)
-        hold = min(1.5 * (WARM_LAUNCHES + self._launches) * self._host_seconds[call] + 100e-6, self.LONGEST_WAIT)
-        events = [cupy.cuda.Event() for _ in range(self._launches + 1)]
+        if call not in self._probes:
+            enqueue, whole = self._probe(call)
+            self._probes[call] = enqueue, burst_launches(whole, self._launches)
+        enqueue, launches = self._probes[call]
+        hold = min(1.5 * (WARM_LAUNCHES + launches) * enqueue + 100e-6, self.LONGEST_WAIT)
+        events = [cupy.cuda.Event() for _ in range(launches + 1)]
         hold_stream(hold)
         for _ in range(WARM_LAUNCHES):
             call()
@@ -66,13 +79,14 @@ class EventClock:
         events[-1].synchronize()
         return [cupy.cuda.get_elapsed_time(a, b) for a, b in zip(events, events[1:], strict=False)]
 
-    def _enqueue_seconds(self, call: Callable[[], object]) -> float:
+    def _probe(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Seconds until one call is enqueued, and until it is done."""
         self._cupy.cuda.Device().synchronize()
         start = time.perf_counter()
         call()
-        seconds = time.perf_counter() - start
+        enqueue = time.perf_counter() - start
         self._cupy.cuda.Device().synchronize()
-        return seconds
+        return enqueue, time.perf_counter() - start
 
 
 class DifferenceClock:
@@ -90,8 +104,9 @@ class DifferenceClock:
         short = WARM_LAUNCHES
         if call not in self._counts:
             # The rate, not the latency of one call: a few in a row.
-            seconds = self._seconds(call, 4) / 4
-            self._counts[call] = max(self._launches, int(self._shortest / seconds) + 1)
+            seconds = self._seconds(call, FEWEST_LAUNCHES) / FEWEST_LAUNCHES
+            enough = int(self._shortest / seconds) + 1
+            self._counts[call] = max(burst_launches(seconds, self._launches), enough)
         more = self._counts[call]
         first = self._seconds(call, short)
         return [1e3 * max(self._seconds(call, short + more) - first, 0.0) / more]

@@ -12,7 +12,8 @@ from cuflash.masks import Mask
 
 TOKENS = 16384  # batch * seqlen, until one sequence is longer than that
 HIDDEN = 2048  # num_heads * head_dim
-LENGTHS = (512, 2048, 8192, 16384)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+FEATURE_LENGTHS = (2048, 8192)
 
 # Products of (seqlen_q, head_dim) by (head_dim, seqlen_k) and their kin, two in the forward pass. The backward counts
 # five by the field's convention (2.5 times the forward), the recomputed scores included.
@@ -41,7 +42,8 @@ class Cell:
         >>> Cell(2, 8192, 8192, 16, 16, 128, 128, "causal").name
         'd128-causal-8k'
         """
-        parts = [f"d{self.head_dim}", self.mask, short_length(self.seqlen_q)]
+        width = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}v{self.head_dim_v}"
+        parts = [f"d{width}", self.mask, short_length(self.seqlen_q)]
         if self.num_kv_heads != self.num_heads:
             parts.append(f"gqa{self.num_heads}x{self.num_kv_heads}")
         if self.feature != "plain":
@@ -67,6 +69,12 @@ class Cell:
     @property
     def softcap(self) -> float:
         return float(self.feature.removeprefix("softcap")) if self.feature.startswith("softcap") else 0.0
+
+    @property
+    def plain(self) -> Cell:
+        """The cell that a feature, a window or another dtype is compared with."""
+        mask = "causal" if self.window_left is not None else self.mask
+        return dataclasses.replace(self, mask=mask, feature="plain", dtype="bfloat16")
 
     @property
     def softmax_scale(self) -> float:
@@ -119,25 +127,33 @@ def square(head_dim: int, seqlen: int, mask: str = "full", **changes: object) ->
     return dataclasses.replace(cell, **changes)
 
 
+# What the features are held against: their own plain cell, in the same run.
+FEATURES: tuple[dict[str, str], ...] = (
+    {},
+    {"mask": "window1024"},
+    *({"feature": name} for name in ("alibi", "softcap30", "sinks", "dropout0.1", "deterministic")),
+    {"dtype": "float16"},
+)
+
 GROUPS: dict[str, tuple[Cell, ...]] = {
-    "speed": tuple(square(d, s, mask) for d in (64, 128, 256) for mask in ("full", "causal") for s in LENGTHS),
-    "lengths": tuple(square(d, s, mask) for d in (64, 128) for mask in ("full", "causal") for s in (1024, 4096)),
-    "long": tuple(square(128, s, "causal") for s in (32768, 65536, 131072)),
+    "hopper": tuple(square(d, s, mask) for d in (64, 128, 256) for mask in ("full", "causal") for s in LENGTHS),
     "gqa": tuple(
-        square(128, s, mask, num_heads=64, num_kv_heads=8) for mask in ("full", "causal") for s in (2048, 8192)
-    ),
-    "dropout": tuple(
-        square(d, s, mask, feature="dropout0.1") for d in (64, 128) for mask in ("full", "causal") for s in (2048, 8192)
+        square(128, s, mask, num_heads=64, num_kv_heads=8) for mask in ("full", "causal") for s in LENGTHS[:-1]
     ),
     "features": tuple(
-        square(d, 8192, mask, feature=feature)
-        for d in (64, 128)
-        for mask, feature in (
-            ("window1024", "plain"), ("causal", "alibi"), ("causal", "softcap30"), ("causal", "sinks"),
-            ("causal", "deterministic"),
-        )
+        square(d, s, **{"mask": "causal", **change}) for d in (64, 128) for s in FEATURE_LENGTHS for change in FEATURES
     ),
-    "float16": tuple(square(d, 8192, mask, dtype="float16") for d in (64, 128) for mask in ("full", "causal")),
+    "unequal": tuple(
+        square(192, s, "causal", num_heads=16, num_kv_heads=16, head_dim_v=128) for s in FEATURE_LENGTHS
+    ),
+    "portable": tuple(
+        square(d, s, mask) for d in (64, 128, 256) for mask in ("full", "causal") for s in (512, 2048, 8192, 16384)
+    ),
+    "dropout": tuple(
+        square(d, s, mask, feature="dropout0.1") for d in (64, 128) for mask in ("full", "causal")
+        for s in FEATURE_LENGTHS
+    ),
+    "long": tuple(square(128, s, "causal") for s in (32768, 65536, 131072)),
     # Small enough for a processor; shows that the programme works, says nothing about speed.
     "smoke": (
         Cell(1, 128, 128, 2, 1, 32, 32, "causal", dtype="float32"),
@@ -151,7 +167,7 @@ def select(patterns: Iterable[str]) -> list[Cell]:
     """Cells named by group or by a shell pattern on their names, in order and without repeats.
 
     >>> [cell.name for cell in select(["d64-causal-*k"])][:2]
-    ['d64-causal-2k', 'd64-causal-8k']
+    ['d64-causal-1k', 'd64-causal-2k']
     """
     every = [cell for group in GROUPS.values() for cell in group]
     chosen: dict[Cell, None] = {}

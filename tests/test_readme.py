@@ -105,18 +105,18 @@ TAKEN_ON = "<sub>GPU, driver 1, NVRTC 2, 2026-01-02, code `abc`</sub>"
 
 def test_speed_compares_within_the_newest_run(tmp_path):
     measured = [
-        ("cuflash", "old", 100, True), ("torch_flash", "old", 400, True),
-        ("cuflash", "new", 300, True), ("torch_flash", "new", 200, True),
-        ("fa3", "new", 250, True), ("fa4", "new", 999, False), ("cuflash_sm80", "new", 220, True),
+        ("cuflash", "old", 4, True), ("fa3", "old", 1, True),
+        ("cuflash", "new", 1, True), ("torch_flash", "new", 1.5, True), ("fa3", "new", 1.2, True),
+        ("fa4", "new", 0.1, False), ("cuflash_sm80", "new", 1.25, True),
     ]  # fmt: skip
-    names = ("provider", "run", "tflops", "ok")
+    names = ("provider", "run", "ms_median", "ok")
     rows = [ENVIRONMENT | PROBLEM | {"pass": "fwd"} | dict(zip(names, values, strict=True)) for values in measured]
     append_rows(tmp_path / "speed.csv", SPEED_COLUMNS, rows)
     lines = readme.speed(tmp_path).splitlines()
-    assert f"| {CELL} | 300 | 250 (fa3) | 1.20 | – | – | – |" in lines
-    assert f"| forward | cuflash | torch_flash | 1 | 1.50 | 1.50 ({CELL}) |" in lines
-    assert f"| forward | cuflash_sm80 | torch_flash | 1 | 1.10 | 1.10 ({CELL}) |" in lines
-    assert not any("fa4" in line for line in lines)
+    assert f"| forward | D 64, causal | 1 | 1.200 | 1.200 | 1.200 | {CELL} |" in lines
+    assert f"| {CELL} | 137 | 115 (FlashAttention-3) | 1.20 |" in lines
+    assert f"| {CELL} | 110 | 92 (FlashAttention-2) | 1.20 |" in lines
+    assert not any("FlashAttention-4" in line for line in lines)
     assert lines[-1] == TAKEN_ON
 
 

@@ -46,26 +46,29 @@ class JaxProvider(Provider):
 
         jax = load_jax()
         q, k, v, dout = (jax.dlpack.from_dlpack(arrays[name]) for name in ("q", "k", "v", "dout"))
-        forward, backward = self.functions(cell)
+        forward, residuals, backward = self.functions(cell)
         saved: list = []
 
         def run_backward():
             if not saved:
-                saved.append(forward(q, k, v)[1])
+                saved.append(residuals(q, k, v))
             return backward(saved[0], dout)
 
         def canonical(array):
             return cupy.from_dlpack(jax.block_until_ready(array))
 
         return Bound(
-            forward=lambda: forward(q, k, v)[0],
+            forward=lambda: forward(q, k, v),
             backward=run_backward,
-            outputs=lambda out: {"out": canonical(out)},
+            outputs=lambda results: {"out": canonical(results[0])},
             gradients=lambda grads: dict(zip(("dq", "dk", "dv"), map(canonical, grads), strict=True)),
         )
 
-    def functions(self, cell: Cell) -> tuple[Callable, Callable]:
-        """``forward(q, k, v) -> (out, residuals)`` and ``backward(residuals, dout) -> (dq, dk, dv)``, both jitted."""
+    def functions(self, cell: Cell) -> tuple[Callable, Callable, Callable]:
+        """``forward(q, k, v) -> (out, ...)``, ``residuals(q, k, v)`` and ``backward(residuals, dout) -> (dq, dk, dv)``.
+
+        A compiled function copies each operand that it returns, so the timed forward returns none.
+        """
         raise NotImplementedError
 
 
@@ -79,19 +82,23 @@ class JaxCudnn(JaxProvider):
             return "its causal mask is aligned top-left"
         return missing_feature(cell, ())
 
-    def functions(self, cell: Cell) -> tuple[Callable, Callable]:
+    def functions(self, cell: Cell) -> tuple[Callable, Callable, Callable]:
         jax = load_jax()
         attention = functools.partial(jax.nn.dot_product_attention, is_causal=cell.causal, implementation="cudnn")
 
         @jax.jit
         def forward(q, k, v):
-            return jax.vjp(attention, q, k, v)
+            return (attention(q, k, v),)
+
+        @jax.jit
+        def residuals(q, k, v):
+            return jax.vjp(attention, q, k, v)[1]
 
         @jax.jit
         def backward(pullback, dout):
             return pullback(dout)
 
-        return forward, backward
+        return forward, residuals, backward
 
 
 class JaxFlashAttention3(JaxProvider):
@@ -134,7 +141,7 @@ class JaxFlashAttention3(JaxProvider):
             return "takes equal head dims that are multiples of 8"
         return missing_feature(cell, (), window=True)
 
-    def functions(self, cell: Cell) -> tuple[Callable, Callable]:
+    def functions(self, cell: Cell) -> tuple[Callable, Callable, Callable]:
         jax = load_jax()
         attributes = {
             "softmax_scale": np.float64(cell.softmax_scale),
@@ -153,8 +160,10 @@ class JaxFlashAttention3(JaxProvider):
         def forward(q, k, v):
             lse = jax.ShapeDtypeStruct((cell.batch, cell.num_heads, cell.seqlen_q), float32)
             call = jax.ffi.ffi_call(self.TARGETS["fwd"], (like(q), lse, *splits))
-            out, lse, *_ = call(q, k, v, **attributes)
-            return out, (q, k, v, out, lse)
+            return call(q, k, v, **attributes)[:2]
+
+        def residuals(q, k, v):
+            return q, k, v, *forward(q, k, v)
 
         @jax.jit
         def backward(residuals, dout):
@@ -162,7 +171,7 @@ class JaxFlashAttention3(JaxProvider):
             call = jax.ffi.ffi_call(self.TARGETS["bwd"], (like(q), like(k), like(v), rows, rows))
             return call(dout, q, k, v, out, lse, **attributes)[:3]
 
-        return forward, backward
+        return forward, residuals, backward
 
 
 PROVIDERS: tuple[Provider, ...] = (JaxCudnn(), JaxFlashAttention3())

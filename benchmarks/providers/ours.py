@@ -14,7 +14,7 @@ class Cuflash(Provider):
     """The public functions ``attention`` and ``attention_backward`` on canonical arrays."""
 
     def __init__(self, name: str = "cuflash", backend: str | None = None):
-        self.name, self._backend = name, backend
+        self.name, self.kernels = name, backend
 
     def load(self) -> None:
         try:
@@ -30,12 +30,14 @@ class Cuflash(Provider):
     def unsupported(self, cell: Cell, pass_: str) -> str | None:
         if cell.dtype in ("float32", "float64"):
             return f"its kernels do not take {cell.dtype}"
+        if cell.deterministic and pass_ == "fwd":
+            return "is always deterministic forward"
         return missing_feature(cell, FEATURES, window=True)
 
     def bind(self, cell: Cell, arrays: dict) -> Bound:
         import cuflash
 
-        keywords = {**cell.attention_keywords(), "backend": self._backend}
+        keywords = {**cell.attention_keywords(), "backend": self.kernels}
         keywords |= {name: arrays[name] for name in EXTRA_ARRAYS if name in arrays}
         q, k, v, dout = (arrays[name] for name in ("q", "k", "v", "dout"))
         saved: list = []

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable
 
 from benchmarks.providers.base import Bound, Provider, Unavailable, missing_feature, reason
 from benchmarks.timing import Clock, EventClock
 from benchmarks.workloads import Cell
+
+FORWARD_ONLY = {"fa3_fwd_interface"}
 
 
 class TorchProvider(Provider):
@@ -162,6 +165,8 @@ class FlashAttention(TorchProvider):
         raise Unavailable("; ".join(reasons))
 
     def unsupported(self, cell: Cell, pass_: str) -> str | None:
+        if pass_ == "bwd" and FORWARD_ONLY & sys.modules.keys() & set(self._modules):
+            return "is a build without a backward"
         return missing_feature(cell, self._features, window=True)
 
     def function(self, cell: Cell, arrays: dict) -> Callable:
@@ -187,7 +192,7 @@ class FlashAttention(TorchProvider):
 
 PROVIDERS: tuple[Provider, ...] = (
     Sdpa("torch_flash", "FLASH_ATTENTION", features=("dropout",)),
-    Sdpa("torch_cudnn", "CUDNN_ATTENTION"),
+    Sdpa("torch_cudnn", "CUDNN_ATTENTION", features=("dropout",)),
     Sdpa("torch_efficient", "EFFICIENT_ATTENTION", features=("dropout",)),
     Sdpa("torch_math", "MATH", longest=4096),
     FlashAttention(

@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 
 from cases import CASES
 from rich.progress import track
 
+from benchmarks.ahead import build_all
 from cuflash.arrays import adapter_of
 from cuflash.plan import KernelSpec
 
@@ -43,23 +42,13 @@ def case_problem(case):
     return Problem.build(views, **case.keywords)
 
 
-def build(spec: KernelSpec) -> float:
-    """Compile one kernel in this process; seconds it took."""
-    from cuflash.cuda.module import load
-
-    begin = time.perf_counter()
-    load(spec, 0)
-    return time.perf_counter() - begin
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gpu.compile_ahead", description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     begin, wanted = time.perf_counter(), specs()
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(build, spec) for spec in wanted]
-        seconds = [future.result() for future in track(as_completed(futures), "compiling kernels", total=len(futures))]
+    built = track(build_all(wanted, args.jobs), "compiling kernels", total=len(wanted))
+    seconds = [future.result() for future in built]
     print(f"{len(seconds)} kernels in {time.perf_counter() - begin:.0f} s, {max(seconds, default=0):.1f} s the slowest")
 
 

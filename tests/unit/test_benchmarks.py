@@ -13,7 +13,20 @@ import pytest
 from gpu import gpu_record, sanitize
 from rich.console import Console
 
-from benchmarks import accuracy, energy, hbm, host, memory, numpy_dense, plot, providers, record, run, standard, timing
+from benchmarks import (
+    accuracy,
+    energy,
+    hbm,
+    host,
+    memory,
+    numpy_dense,
+    plot,
+    providers,
+    record,
+    run,
+    standard,
+    timing,
+)
 from benchmarks.inputs import random_inputs
 from benchmarks.providers.base import Bound, Provider
 from benchmarks.reference import Gate, Precision, head_reference, sampled_heads
@@ -28,10 +41,18 @@ ENVIRONMENT = {"date": "2026-01-01T00:00:00Z", "source_hash": "abc", "gpu": "som
 
 class TestWorkloads:
     def test_speed_cells_follow_the_convention(self):
-        assert len(GROUPS["speed"]) == 24
-        for cell in GROUPS["speed"]:
-            assert cell.batch * cell.seqlen_q == 16384
+        assert len(GROUPS["hopper"]) == 3 * 2 * 7
+        assert set(GROUPS["portable"]) < set(GROUPS["hopper"])
+        for cell in GROUPS["hopper"]:
+            assert cell.batch * cell.seqlen_q == max(16384, cell.seqlen_q)
             assert cell.num_heads * cell.head_dim == 2048
+        assert {(cell.num_heads, cell.num_kv_heads, cell.head_dim) for cell in GROUPS["gqa"]} == {(64, 8, 128)}
+
+    def test_every_feature_has_its_plain_cell(self):
+        plain = {cell.plain for cell in GROUPS["features"]}
+        assert plain < set(GROUPS["features"])
+        assert {cell.mask for cell in plain} == {"causal"}
+        assert len(GROUPS["features"]) == 8 * len(plain)
 
     def test_flops(self):
         full, causal = square(128, 2048), square(128, 2048, "causal")
@@ -52,7 +73,7 @@ class TestWorkloads:
         assert len({cell.name for cell in cells}) == len(set(cells))
 
     def test_select_takes_groups_and_patterns_once(self):
-        assert select(["speed", "d64-full-2k"]) == list(GROUPS["speed"])
+        assert select(["hopper", "d64-full-2k"]) == list(GROUPS["hopper"])
         with pytest.raises(ValueError, match="no cell or group is named 'nonsense'"):
             select(["nonsense"])
 
@@ -168,6 +189,10 @@ class TestGate:
         assert heads[0] == (0, 0)
         assert heads[-1] == (7, 31)
 
+    def test_samples_fewer_of_long_heads(self):
+        assert sampled_heads(square(64, 32768), 4) == [(0, 0), (0, 31)]
+        assert sampled_heads(square(64, 8192, feature="dropout0.1"), 4) == [(0, 0)]
+
 
 class FakeProvider(Provider):
     """Attention of the NumPy backend, right or spoiled, on any cell."""
@@ -235,9 +260,9 @@ class TestRun:
     def test_dry_run_loads_no_library(self):
         program = "import sys; from benchmarks.run import main; main(sys.argv[1:]); " \
                   "assert not {'torch', 'jax', 'cupy'} & sys.modules.keys()"  # fmt: skip
-        command = [sys.executable, "-c", program, "--dry-run", "--cells", "speed,features"]
+        command = [sys.executable, "-c", program, "--dry-run", "--cells", "hopper,features"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT, check=True)
-        assert done.stdout.count("GFLOP") == 34
+        assert done.stdout.count("GFLOP") == len(set(GROUPS["hopper"] + GROUPS["features"]))
         assert "fa3 (has no alibi)" in done.stdout
 
     def test_ratios_are_against_the_best_peer_of_the_cell(self):
@@ -245,7 +270,7 @@ class TestRun:
             samples = [run.Measurement(name, "fwd", 0.5, timing.Sample(t, t, t, 1)) for name, t in ms.items()]
             return run.CellResult(cell, samples)
 
-        cells = GROUPS["speed"]
+        cells = GROUPS["portable"]
         results = [result(cells[0], cuflash=1.0, fa3=2.0, fa4=1.0), result(cells[1], cuflash=2.0, fa3=1.0, fa4=8.0)]
         table = run.summary_table(results, ["fwd"])
         columns = [list(column.cells) for column in table.columns]
@@ -263,6 +288,13 @@ class TestRun:
         assert [provider.name for provider in loaded][-1] == "cuflash_numpy"
         assert set(absent) <= {"fa4"}
         assert all(absent.values())
+
+    def test_a_build_without_a_backward_is_not_asked_for_one(self, monkeypatch):
+        fa3, cell = providers.PROVIDERS["fa3"], square(64, 512)
+        assert fa3.unsupported(cell, "bwd") is None
+        monkeypatch.setitem(sys.modules, "fa3_fwd_interface", object())
+        assert fa3.unsupported(cell, "fwd") is None
+        assert fa3.unsupported(cell, "bwd") == "is a build without a backward"
 
 
 class TestRecord:
@@ -407,21 +439,17 @@ class TestOtherMeasurements:
 
 
 class TestPlots:
-    def test_only_the_newest_run_of_ours_is_drawn(self):
-        row = {**dict.fromkeys(plot.PROBLEM_KEY, "1"), "mask": "full", "feature": "plain", "ok": "True"}
-        rows = [row | {"run": "old", "provider": "cuflash"}, row | {"run": "old", "provider": "fa3"},
-                row | {"run": "new", "provider": "cuflash"}, row | {"run": "new", "provider": "fa3"},
-                row | {"run": "alone", "provider": "fa3"}]  # fmt: skip
-        assert {r["run"] for r in plot.newest_runs(rows)} == {"new"}
-
     def test_every_figure_is_drawn_from_records(self, tmp_path, capsys):
-        both = [(provider, pass_) for provider in ("cuflash", "torch_math", "standard") for pass_ in ("fwd", "bwd")]
+        names = ("cuflash", "fa4", "cuflash_sm80", "torch_flash", "standard")
+        both = [(provider, pass_) for provider in names for pass_ in ("fwd", "bwd")]
 
         def rows(cell, **values):
             return [{**ENVIRONMENT, "provider": provider, "pass": pass_, **cell.problem_columns(), **values}
                     for provider, pass_ in both]  # fmt: skip
 
-        speeds = [row for cell in GROUPS["speed"][:8] for row in rows(cell, run="r", ms_median=1, tflops=300, ok=True)]
+        speeds = [
+            row for cell in GROUPS["portable"][:8] for row in rows(cell, run="r", ms_median=1, tflops=300, ok=True)
+        ]
         record.append_rows(tmp_path / "speed.csv", record.SPEED_COLUMNS, speeds)
         record.append_rows(tmp_path / "memory.csv", memory.COLUMNS, rows(square(128, 1024), extra_bytes=2**20))
         names = {"standard": ("matmul q k", "softmax")}
@@ -438,7 +466,8 @@ class TestPlots:
         plot.main(["--results", str(tmp_path)])
         assert "nothing recorded" not in capsys.readouterr().out
         drawn = {path.stem for path in tmp_path.glob("*.png")}
-        assert drawn == {"speed_fwd", "speed_bwd", "memory", "standard_steps", "traffic", "energy"}
+        speeds = {"speed_fwd", "speed_bwd", "portable_fwd", "portable_bwd"}
+        assert drawn == {*speeds, "memory", "standard_steps", "traffic", "energy"}
 
     def test_nothing_recorded_is_no_error(self, tmp_path, capsys):
         plot.main(["--results", str(tmp_path)])
