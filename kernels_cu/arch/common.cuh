@@ -59,6 +59,8 @@ DEVICE float reciprocal(float x) {
 
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE bool sign_bit(float x) { return __float_as_int(x) < 0; }
+DEVICE float magnitude(float x) { return fabsf(x); }
 
 // ---- 16-bit elements: two in a 32-bit register, the lower index in the lower half --------------------------------------------------
 
@@ -127,6 +129,14 @@ DEVICE int load_shared_int(SharedAddress address) {
 DEVICE float2 load_shared_float2(SharedAddress address) {
   float2 value;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+DEVICE float4 load_shared_float4(SharedAddress address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
   return value;
 }
 

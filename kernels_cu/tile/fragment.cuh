@@ -45,6 +45,13 @@ DEVICE void multiply(float (&slab)[kSize], const float (&factor)[kSize]) {
   for (int i = 0; i < kSize; ++i) slab[i] *= factor[i];
 }
 
+// Values of the thread's columns of a slab of kSize elements, from one value a column in shared memory.
+template <int kSize>
+DEVICE void load_column_values(float2 (&values)[kSize / 4], SharedAddress statistic) {
+#pragma unroll
+  for (int j = 0; j < kSize / 4; ++j) values[j] = arch::load_shared_float2(statistic + 4 * (8 * j + lane_column()));
+}
+
 // Sum or maximum over the four lanes that share a row.
 DEVICE float row_sum(float value) {
   value += arch::shuffle_xor(value, 2);

@@ -62,4 +62,22 @@ DEVICE TileIndex key_tile_of(const Shape& shape, int block_n) {
   return head_after_head(arch::block_index(), num_blocks, shape.num_kv_heads);
 }
 
+// What a CTA does for the keys of a block: all warps go through the query blocks in the same order.
+template <class Config, int kBlockM, int kBlockN>
+struct KeyWork {
+  int n_block, kv_head, batch;
+  Range blocks;
+  int end_head;
+  QueryCursor first;
+
+  DEVICE explicit KeyWork(const Shape& shape) {
+    const TileIndex index = key_tile_of<Config>(shape, kBlockN);
+    n_block = index.block, kv_head = index.head, batch = index.batch;
+    const Band<Config> band(shape, Sequence(shape, batch));
+    blocks = band.template query_blocks<kBlockM, kBlockN>(n_block * kBlockN);
+    first = {kv_head * shape.group_size, blocks.end - 1};
+    end_head = blocks.begin < blocks.end ? first.head + shape.group_size : first.head;
+  }
+};
+
 }  // namespace tile

@@ -103,6 +103,8 @@ DEVICE float reciprocal(float x) { return 1.0f / x; }
 
 DEVICE float maximum(float a, float b) { return __builtin_fmaxf(a, b); }
 DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+DEVICE bool sign_bit(float x) { return __builtin_signbit(x); }
+DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
 
 // ---- 16-bit elements: two in a 32-bit register, the lower index in the lower half --------------------------------------------------
 
@@ -166,6 +168,11 @@ DEVICE int load_shared_int(SharedAddress address, Where where = {}) {
 }
 DEVICE float2 load_shared_float2(SharedAddress address, Where where = {}) {
   float2 value;
+  twin::read_shared(address, &value, sizeof value, where);
+  return value;
+}
+DEVICE float4 load_shared_float4(SharedAddress address, Where where = {}) {
+  float4 value;
   twin::read_shared(address, &value, sizeof value, where);
   return value;
 }
