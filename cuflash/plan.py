@@ -287,13 +287,14 @@ def _plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "store_bytes": ("int", _store_bytes(problem, "backward")),
         "warpgroups": ("bool", True),
         "deterministic": ("bool", problem.deterministic),
+        "with_dq": ("bool", True),
     }
     q_grid = _blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch
     k_grid = _blocks(layout.seqlen_k, tile.block_n) * problem.num_kv_heads * layout.batch
     helper_threads, dq_bytes = 32 * tile.num_warps, tile_bytes(tile.block_m, tile.head_dim)
     steps = [
         Step(_spec("backward_prepare", config, device.portable_arch), q_grid, helper_threads, 0, 1),
-        Step(_spec("backward_sm90", config, device.arch), k_grid, tile.threads, tile.shared_bytes, 1),
+        Step(_spec("backward_sm90", config, device.arch), k_grid, tile.threads, tile.shared_bytes(with_dq=True), 1),
         Step(_spec("backward_finish", config, device.portable_arch), q_grid, helper_threads, dq_bytes, 1),
     ]
     if problem.sinks:
@@ -341,9 +342,9 @@ _SCHEDULE = ("num_consumers", "own_out", "ping_pong", "lazy_rescale", "eighths_b
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
     "forward_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_SCHEDULE, *_SCORES, "sinks"),
-    "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic"),
+    "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic", "with_dq"),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
-    "backward_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "deterministic"),
+    "backward_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "deterministic", "with_dq"),
     "backward_finish": (*_DQ_TILE, "store_bytes"),
     "backward_sinks": (),
 }
@@ -372,6 +373,7 @@ def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
         "split_d": ("int", tile.split_d),
         "warpgroups": ("bool", False),
         "deterministic": ("bool", problem.deterministic),
+        "with_dq": ("bool", True),
     }
 
 

@@ -112,18 +112,17 @@ class BackwardRow:
     num_warps = 4 * num_consumers  # of the preparation and the conversion of dq, which share the order of registers
     threads = WARPGROUP_THREADS * (num_consumers + 1)
 
-    @property
-    def shared_bytes(self) -> int:
+    def shared_bytes(self, *, with_dq: bool) -> int:
         """Dynamic shared memory: the layout at the top of backward_sm90.cu.
 
-        >>> backward_row(128, 128).shared_bytes // 1024
-        196
+        >>> [backward_row(128, 128).shared_bytes(with_dq=with_dq) // 1024 for with_dq in (True, False)]
+        [196, 132]
         """
         k_or_v, q_or_dout = tile_bytes(self.block_n, self.head_dim), tile_bytes(self.block_m, self.head_dim)
-        dq = 4 * self.block_m * self.head_dim
+        stages = STAGES * 2 * (q_or_dout + STATISTIC_SPACE)
+        ds, dq = STAGES * tile_bytes(self.block_m, self.block_n), 4 * self.block_m * self.head_dim
         barriers = 2 * (1 + 2 * STAGES) * BARRIER_BYTES
-        stages = STAGES * (2 * (q_or_dout + STATISTIC_SPACE) + tile_bytes(self.block_m, self.block_n))
-        return 2 * k_or_v + stages + dq + barriers
+        return 2 * k_or_v + stages + (ds + dq if with_dq else 0) + barriers
 
     def describe(self) -> str:
         return f"{self.block_m}x{self.block_n}, {self.num_consumers} consumer warpgroups, head_dim {self.head_dim}"

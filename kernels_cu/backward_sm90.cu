@@ -1,11 +1,12 @@
 // Backward attention on Hopper (sm_90a): one CTA computes dk and dv of 128 keys of one key/value head, and adds its part of dq for
 // every query block that sees them. A producer warp copies q and dout by tensor map, two consumer warpgroups of 64 keys each
-// multiply with wgmma, and a store warp adds their parts of dq to the float32 accumulator in global memory.
+// multiply with wgmma, and a store warp adds their parts of dq to the float32 accumulator in global memory. Without
+// Config::with_dq another kernel computes dq; then the warpgroups have nothing to tell each other.
 //
 // Shared memory:  k [128][head_dim]  v [128][head_dim_v]
 //              |  2 x { q [block_m][head_dim]  row_lse [block_m] }  |  2 x { dout [block_m][head_dim_v]  row_delta [block_m] }
 //              |  2 x ds [block_m][128]  |  dq, float32, block_m * head_dim in register order  |  barriers
-// dk and dv are staged where k and v were.
+// dk and dv are staged where k and v were; ds and dq are there with dq only.
 //
 // Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the registers as left operands of dV = P^T dO and
 // dK = dS^T Q. Only dQ = dS K needs the dS of both warpgroups, through shared memory: each computes half of dQ, the columns of
@@ -38,8 +39,9 @@ constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueByt
 using KeysAndValues = tile::Pipeline<1, kKeyBytes + kValueBytes>;
 using Queries = tile::Pipeline<2, kQueryBytes + kStatisticSpace, kQueryBytes + kStatisticBytes>;
 using Douts = tile::Pipeline<2, kDoutBytes + kStatisticSpace, kDoutBytes + kStatisticBytes>;
-constexpr int kDsBytes = tile::tile_bytes(kBlockM, kBlockN);
+constexpr int kDsBytes = Config::with_dq ? tile::tile_bytes(kBlockM, kBlockN) : 0;
 constexpr int kDqHalf = kBlockM * Config::head_dim / kConsumers;  // floats of dq of a consumer
+constexpr int kDqBytes = Config::with_dq ? kConsumers * kDqHalf * static_cast<int>(sizeof(float)) : 0;
 constexpr int kDqRegisters = kDqHalf / arch::kWarpgroupSize;
 
 struct Shared {
@@ -54,7 +56,7 @@ struct Shared {
     dout.data = q.data + Queries::kBytes;
     ds = dout.data + Douts::kBytes;
     dq = ds + 2 * kDsBytes;
-    kv.barriers = dq + kConsumers * kDqHalf * static_cast<int>(sizeof(float));
+    kv.barriers = dq + kDqBytes;
     q.barriers = kv.barriers + KeysAndValues::kBarriersBytes;
     dout.barriers = q.barriers + Queries::kBarriersBytes;
   }
@@ -63,7 +65,7 @@ struct Shared {
   DEVICE SharedAddress row_lse(uint32 use) const { return q.stage(use) + kQueryBytes; }
   DEVICE SharedAddress row_delta(uint32 use) const { return dout.stage(use) + kDoutBytes; }
   DEVICE SharedAddress ds_stage(uint32 use) const { return ds + use % 2 * kDsBytes; }
-  DEVICE SharedAddress dq_half(int consumer) const { return dq + consumer * kDqHalf * static_cast<int>(sizeof(float)); }
+  DEVICE SharedAddress dq_half(int consumer) const { return dq + consumer * kDqBytes / kConsumers; }
 };
 
 // Named barriers. Those of dq are between a consumer and the store warp.
@@ -170,7 +172,8 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   tile::clear(dk);
   tile::clear(dv);
   if (work.first.head < work.end_head) {
-    if (warp_in_group == 0) arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
+    if (Config::with_dq && warp_in_group == 0)
+      arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
     shared.kv.wait_full(0);
   }
   uint32 use = 0;
@@ -223,31 +226,43 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     if (cut) band.template select<KeyRows>(gradients, 0.f, query, key);
     tile::to_operand<Element>(ds, gradients);
 
-    tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, ds);
+    const auto start_dk = [&] {
+      tile::start_registers<Element, Config::head_dim, kBlockM>(dk, ds, shared.q.stage(use));
+    };
+    const auto end_dv = [&] {
+      arch::product_wait<1>();
+      arch::pin(dv);
+      arch::pin(p);
+      if (leader) shared.dout.release(use);
+    };
+    if constexpr (Config::with_dq) tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, ds);
     tile::start_registers<Element, Config::head_dim_v, kBlockM>(dv, p, shared.dout.stage(use));
-    arch::fence_async_proxy();
-    arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS of both warpgroups is in shared memory
+    if constexpr (Config::with_dq) {
+      arch::fence_async_proxy();
+      arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS of both warpgroups is in shared memory
 
-    float dq[kDqRegisters];
-    if constexpr (kBlockM == 64)
-      tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys(), consumer);
-    else
-      tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys(), 0);
-    arch::product_wait<1>();
-    arch::pin(dv);
-    arch::pin(p);
-    if (leader) shared.dout.release(use);
-    tile::start_registers<Element, Config::head_dim, kBlockM>(dk, ds, shared.q.stage(use));
-    arch::product_wait<1>();
-    arch::pin(dq);
+      float dq[kDqRegisters];
+      if constexpr (kBlockM == 64)
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys(), consumer);
+      else
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys(), 0);
+      end_dv();
+      start_dk();
+      arch::product_wait<1>();
+      arch::pin(dq);
 
-    arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);
-    const SharedAddress half = shared.dq_half(consumer) + arch::thread_index() % arch::kWarpgroupSize * 16;
+      arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);
+      const SharedAddress half = shared.dq_half(consumer) + arch::thread_index() % arch::kWarpgroupSize * 16;
 #pragma unroll
-    for (int i = 0; i < kDqRegisters; i += 4)
-      arch::store_shared(half + i * 4 * arch::kWarpgroupSize, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
-    arch::fence_async_proxy();
-    arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
+      for (int i = 0; i < kDqRegisters; i += 4)
+        arch::store_shared(half + i * 4 * arch::kWarpgroupSize, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+      arch::fence_async_proxy();
+      arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
+    } else {
+      start_dk();
+      arch::warp_barrier();  // all lanes have read the statistics of the buffers that the leader releases
+      end_dv();
+    }
 
     arch::product_wait<0>();
     arch::pin(dk);
@@ -295,7 +310,9 @@ KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
     arch::lower_registers<kProducerRegisters>();
     const int warp = arch::warp_index();
     if (warp == 0 && arch::lane_index() == 0) produce(params, shared);
-    if (warp == 1) store_dq(params.common, shared);
+    if constexpr (Config::with_dq) {
+      if (warp == 1) store_dq(params.common, shared);
+    }
   } else {
     arch::raise_registers<kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);

@@ -10,6 +10,7 @@ import pytest
 
 from cases import Case, select
 from cuflash.dropout import keep_mask
+from cuflash.plan import KernelSpec
 from cuflash.testing import check
 from emulated.emulation import Emulation, Schedule, backward, forward, problem_of
 from emulated.test_backward import operands
@@ -119,6 +120,20 @@ def test_same_bits_under_every_schedule(row: str) -> None:
     report = check(results[0], problem_of(case.problem(), arrays), arrays)
     assert report.ok, f"\n{report}"
     assert all(result[key].tobytes() == results[0][key].tobytes() for result in results for key in result)
+
+
+@pytest.mark.parametrize("row", BACKWARD_ROWS)
+def test_keys_and_values_alone(row: str) -> None:
+    """dk and dv of a kernel that leaves dq to another have the bits of the one that computes all three."""
+    _, case = row_of(row)
+    emulation = emulation_of(case)
+    together = run("backward", case, emulation)
+    alone = run("backward", case, replace(emulation, edit=without_dq))
+    assert all(alone[key].tobytes() == together[key].tobytes() for key in ("dk", "dv"))
+
+
+def without_dq(spec: KernelSpec, text: str) -> str:
+    return text.replace("with_dq = true", "with_dq = false")
 
 
 def random_case(seed: int) -> Case:
