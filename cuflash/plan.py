@@ -12,15 +12,27 @@ from dataclasses import dataclass
 from cuflash.device import MB, DeviceInfo
 from cuflash.problem import WIDEST_LOAD, ArraySpec, Problem
 from cuflash.tiles import TileRow, rounded_head_dim, row_for, tile_bytes
-from cuflash.tiles_sm90 import BackwardRow, ForwardRow, backward_row, forward_row
+from cuflash.tiles_sm90 import (
+    WARPGROUP_ROWS,
+    BackwardRow,
+    ForwardRow,
+    KeysRow,
+    QueriesRow,
+    backward_row,
+    forward_row,
+    queries_row,
+)
 
 ELEMENTS = {"bfloat16": "Bfloat16", "float16": "Float16"}
 ITEMSIZE = 2  # bytes of both
 BACKWARD_FLOPS = 2.5  # of a forward: five matrix products instead of two
+PREPARED_ROWS = 128  # of a block of the preparation, where no tiles of dq decide
 SINKS_THREADS = 256
 SINKS_BYTES = 4 * SINKS_THREADS // 32  # one partial sum per warp
 SECTION_BYTES = 32 * MB  # measured on H200: larger sections of keys and values no longer stay in L2
 SECTION_SHARE = 0.6  # of a smaller L2
+
+Config = dict[str, tuple[str, object]]  # compile-time choices of a kernel: C++ type and value by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +47,24 @@ class KernelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One launch: a kernel, the number of thread blocks and what each of them takes."""
+    """One launch: a kernel, the number of thread blocks and what each of them takes.
+
+    ``boxes`` are the rows that the kernel's tensor maps move at a time, by operand.
+    """
 
     spec: KernelSpec
     grid: int
     threads: int
     shared_bytes: int
     min_blocks: int
+    boxes: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The launches of one pass in order, and the memory between them.
 
-    ``workspace`` maps a name to (shape, dtype); ``section_heads`` (batch, head) pairs are worked on together, because
+    ``dq_tile`` is the row of a kernel that computes dq alone. ``workspace`` maps a name to (shape, dtype); ``section_heads`` (batch, head) pairs are worked on together, because
     what their blocks share fits in L2. ``note`` says why a Hopper GPU runs the portable kernels, where it does.
     """
 
@@ -56,19 +72,23 @@ class Plan:
     device: DeviceInfo
     pass_: str
     steps: tuple[Step, ...]
-    tile: TileRow | ForwardRow | BackwardRow
+    tile: TileRow | ForwardRow | BackwardRow | KeysRow
     workspace: Mapping[str, tuple[tuple[int, ...], str]]
     section_heads: int
+    dq_tile: QueriesRow | None = None
     note: str | None = None
 
     @property
     def main_entry(self) -> str:
-        """Entry point of the kernel that does the pass; a problem without elements never launches it."""
+        """Entry point of the kernel that takes all parameters; a problem without elements never launches it."""
+        if self.dq_tile is not None:
+            return "backward_queries_sm90"
         return f"{self.pass_}_{'sm80' if isinstance(self.tile, TileRow) else 'sm90'}"
 
     @property
     def padded_seqlen_q(self) -> int:
-        return _round_up(self.problem.layout.seqlen_q, self.tile.block_m)
+        """Rows of the per-row values: whole blocks of every kernel that reads or writes them."""
+        return _padded_rows(self.problem, self.tile, self.dq_tile)
 
     @property
     def flops(self) -> float:
@@ -109,6 +129,8 @@ class Plan:
             f"{self.pass_} on {self.device.name} ({self.device.arch}, {self.device.sm_count} SMs)",
             f"  tile {tile.describe()}: {tile.reason}",
         ]
+        if self.dq_tile is not None:
+            lines.append(f"  tile of dq {self.dq_tile.describe()}: {self.dq_tile.reason}")
         for step in self.steps:
             used = registers.get(step.spec.entry, 0)
             blocks = self.device.blocks_per_sm(step.threads, step.shared_bytes, used)
@@ -206,7 +228,8 @@ def _plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     spec = _spec("forward_sm90", config, device.arch)
     tiles = _blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
-    step = Step(spec, min(device.sm_count, tiles), tile.threads, shared_bytes, min_blocks=1)
+    boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "out": WARPGROUP_ROWS}
+    step = Step(spec, min(device.sm_count, tiles), tile.threads, shared_bytes, 1, tuple(boxes.items()))
     return Plan(
         problem=problem,
         device=device,
@@ -262,53 +285,89 @@ def hopper_backward_obstacle(problem: Problem, device: DeviceInfo) -> str | None
     """Why the Hopper backward cannot run a problem; None where it can."""
     if obstacle := hopper_obstacle(problem, device):
         return obstacle
-    if backward_row(problem.head_dim, problem.head_dim_v) is None:
-        return f"head_dim is {problem.head_dim} and head_dim_v {problem.head_dim_v}; its backward goes up to 128"
     for name, keyword, columns in (("dk", "head_dim", problem.head_dim), ("dv", "head_dim_v", problem.head_dim_v)):
         if obstacle := _row_obstacle(name, keyword, columns):
             return obstacle
     if problem.dout is not None and (obstacle := _copy_obstacle("dout", problem.dout)):
         return obstacle
-    if problem.modifiers.softcap or problem.dropout is not None:
+    wide = max(problem.head_dim, problem.head_dim_v) > 128
+    if not wide and (problem.modifiers.softcap or problem.dropout is not None):
         return "its backward has neither softcap nor dropout yet"
     return None
 
 
 def _plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
-    layout = problem.layout
-    tile = backward_row(problem.head_dim, problem.head_dim_v)
+    layout, head_dim, head_dim_v = problem.layout, problem.head_dim, problem.head_dim_v
+    tile = backward_row(head_dim, head_dim_v, layout.seqlen_q, split=problem.deterministic)
+    dq_tile = queries_row(head_dim, head_dim_v, softcap=problem.modifiers.softcap != 0) if tile.split else None
     config = _score_config(problem) | {
-        "head_dim": ("int", tile.head_dim),
-        "head_dim_v": ("int", tile.head_dim),
+        "head_dim": ("int", tile.columns(head_dim)),
+        "head_dim_v": ("int", tile.columns(head_dim_v)),
         "block_m": ("int", tile.block_m),
         "block_n": ("int", tile.block_n),
         "num_warps": ("int", tile.num_warps),
         "load_bytes": ("int", _load_bytes(problem, "backward")),
         "store_bytes": ("int", _store_bytes(problem, "backward")),
         "warpgroups": ("bool", True),
-        "deterministic": ("bool", problem.deterministic),
-        "with_dq": ("bool", True),
+        "deterministic": ("bool", False),  # no kernel of these needs to be told
+        "with_dq": ("bool", not tile.split),
     }
-    q_grid = _blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch
-    k_grid = _blocks(layout.seqlen_k, tile.block_n) * problem.num_kv_heads * layout.batch
-    helper_threads, dq_bytes = 32 * tile.num_warps, tile_bytes(tile.block_m, tile.head_dim)
-    steps = [
-        Step(_spec("backward_prepare", config, device.portable_arch), q_grid, helper_threads, 0, 1),
-        Step(_spec("backward_sm90", config, device.arch), k_grid, tile.threads, tile.shared_bytes(with_dq=True), 1),
-        Step(_spec("backward_finish", config, device.portable_arch), q_grid, helper_threads, dq_bytes, 1),
-    ]
+    steps = [_prepare_step(problem, device, config, tile)]
+    if dq_tile is not None:
+        steps.append(_queries_step(problem, device, config, dq_tile))
+    steps.append(_keys_step(problem, device, config, tile))
+    if dq_tile is None:
+        dq_bytes = tile_bytes(tile.block_m, tile.columns(head_dim))
+        spec = _spec("backward_finish", config, device.portable_arch)
+        steps.append(Step(spec, steps[0].grid, 32 * tile.num_warps, dq_bytes, 1))
     if problem.sinks:
         spec = _spec("backward_sinks", config, device.portable_arch)
         steps.append(Step(spec, problem.num_heads, SINKS_THREADS, SINKS_BYTES, 1))
+    rows = (layout.batch, problem.num_heads, _padded_rows(problem, tile, dq_tile))
+    workspace = {"row_lse": (rows, "float32"), "row_delta": (rows, "float32")}
+    if dq_tile is None:
+        workspace["dq_accum"] = ((*rows, tile.columns(head_dim)), "float32")
     return Plan(
         problem=problem,
         device=device,
         pass_="backward",
         steps=_launchable(*steps),
         tile=tile,
-        workspace=_backward_workspace(problem, tile.block_m, tile.head_dim),
-        section_heads=backward_section_heads(problem, device),
+        workspace=workspace,
+        section_heads=backward_section_heads(problem, device, accumulates_dq=not tile.split),
+        dq_tile=dq_tile,
     )
+
+
+def _prepare_step(problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow) -> Step:
+    block_m = PREPARED_ROWS if tile.split else tile.block_m
+    spec = _spec("backward_prepare", config | {"block_m": ("int", block_m)}, device.portable_arch)
+    grid = _blocks(problem.layout.seqlen_q, block_m) * problem.num_heads * problem.layout.batch
+    return Step(spec, grid, 32 * tile.num_warps, 0, 1)
+
+
+def _keys_step(problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow) -> Step:
+    spec = _spec(tile.entry, config, device.arch)
+    grid = _blocks(problem.layout.seqlen_k, tile.block_n) * problem.num_kv_heads * problem.layout.batch
+    shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
+    boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
+    boxes |= {"dk": WARPGROUP_ROWS, "dv": WARPGROUP_ROWS}
+    return Step(spec, grid, tile.threads, shared_bytes, 1, tuple(boxes.items()))
+
+
+def _queries_step(problem: Problem, device: DeviceInfo, config: Config, tile: QueriesRow) -> Step:
+    head_dim, head_dim_v = rounded_head_dim(problem.head_dim), rounded_head_dim(problem.head_dim_v)
+    config = config | {
+        "head_dim": ("int", head_dim),
+        "head_dim_v": ("int", head_dim_v),
+        "block_n": ("int", tile.block_n),
+        "num_consumers": ("int", tile.num_consumers),
+        "value_stages": ("int", tile.value_stages),
+    }
+    spec = _spec("backward_queries_sm90", config, device.arch)
+    grid = _blocks(problem.layout.seqlen_q, tile.block_m) * problem.num_heads * problem.layout.batch
+    boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m, "dq": WARPGROUP_ROWS}
+    return Step(spec, grid, tile.threads, tile.shared_bytes(head_dim, head_dim_v), 1, tuple(boxes.items()))
 
 
 def _backward_workspace(problem: Problem, block_m: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -339,12 +398,15 @@ _WIDTHS = ("load_bytes", "store_bytes")
 _SCORES = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
 _DQ_TILE = ("Element", "head_dim", "block_m", "num_warps", "warpgroups")
 _SCHEDULE = ("num_consumers", "own_out", "ping_pong", "lazy_rescale", "eighths_before_wait")
+_DQ_SCHEDULE = ("num_consumers", "value_stages")
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
     "forward_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_SCHEDULE, *_SCORES, "sinks"),
     "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic", "with_dq"),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
-    "backward_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "deterministic", "with_dq"),
+    "backward_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "with_dq"),
+    "backward_keys_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES),
+    "backward_queries_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_DQ_SCHEDULE, *_SCORES),
     "backward_finish": (*_DQ_TILE, "store_bytes"),
     "backward_sinks": (),
 }
@@ -360,7 +422,7 @@ def _tile(problem: Problem, device: DeviceInfo, pass_: str) -> TileRow:
     return row_for(device.tile_family, pass_, problem.head_dim, problem.head_dim_v, extras=extras)
 
 
-def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
+def _config(problem: Problem, tile: TileRow) -> Config:
     """All compile-time choices of the portable kernels, as C++ type and value by name."""
     return _score_config(problem) | {
         "block_m": ("int", tile.block_m),
@@ -377,7 +439,7 @@ def _config(problem: Problem, tile: TileRow) -> dict[str, tuple[str, object]]:
     }
 
 
-def _score_config(problem: Problem) -> dict[str, tuple[str, object]]:
+def _score_config(problem: Problem) -> Config:
     """What every kernel must know of a problem."""
     mask, modifiers = problem.mask, problem.modifiers
     return {
@@ -420,7 +482,7 @@ def _width(problem: Problem, arrays: tuple[ArraySpec | None, ...]) -> int:
     return math.gcd(WIDEST_LOAD, *rows, *(array.alignment for array in arrays if array is not None))
 
 
-def _step(device: DeviceInfo, entry: str, config: dict[str, tuple[str, object]], grid: int, tile: TileRow) -> Step:
+def _step(device: DeviceInfo, entry: str, config: Config, grid: int, tile: TileRow) -> Step:
     head_dim, head_dim_v = (config[name][1] for name in ("head_dim", "head_dim_v"))
     threads, shared_bytes = {
         "forward_sm80": (tile.threads, tile.shared_bytes(head_dim, head_dim_v)),
@@ -434,7 +496,7 @@ def _step(device: DeviceInfo, entry: str, config: dict[str, tuple[str, object]],
     return Step(spec, grid, threads, shared_bytes, min_blocks)
 
 
-def _spec(entry: str, config: dict[str, tuple[str, object]], arch: str) -> KernelSpec:
+def _spec(entry: str, config: Config, arch: str) -> KernelSpec:
     fields = tuple((name, *config[name]) for name in CONFIG_FIELDS[entry])
     return KernelSpec(source=f"{entry}.cu", entry=entry, config=fields, arch=arch)
 
@@ -450,9 +512,9 @@ def forward_section_heads(problem: Problem, device: DeviceInfo) -> int:
     return problem.group_size * _section(problem, device, per_kv_head)
 
 
-def backward_section_heads(problem: Problem, device: DeviceInfo) -> int:
+def backward_section_heads(problem: Problem, device: DeviceInfo, *, accumulates_dq: bool = True) -> int:
     """Kv heads whose groups' q, dout and float32 dq stay in L2 together: all blocks of a kv head use these."""
-    per_row = problem.head_dim * (ITEMSIZE + 4) + problem.head_dim_v * ITEMSIZE
+    per_row = problem.head_dim * (ITEMSIZE + 4 * accumulates_dq) + problem.head_dim_v * ITEMSIZE
     return _section(problem, device, problem.group_size * problem.layout.seqlen_q * per_row)
 
 
@@ -462,6 +524,11 @@ def _section(problem: Problem, device: DeviceInfo, bytes_per_kv_head: int) -> in
     while heads < problem.layout.batch * problem.num_kv_heads and 2 * heads * bytes_per_kv_head <= limit:
         heads *= 2
     return heads
+
+
+def _padded_rows(problem: Problem, tile: TileRow | ForwardRow | BackwardRow | KeysRow, dq_tile: QueriesRow | None) -> int:
+    blocks = (tile.block_m,) if dq_tile is None else (tile.block_m, dq_tile.block_m, PREPARED_ROWS)
+    return _round_up(problem.layout.seqlen_q, math.lcm(*blocks))
 
 
 def _blocks(rows: int, block: int) -> int:

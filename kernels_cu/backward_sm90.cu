@@ -112,7 +112,7 @@ DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
   }
 }
 
-// One warp: adds the halves of dq as they come; in turn with the other key blocks where the result is to be repeatable.
+// One warp: adds the halves of dq as they come.
 DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
   const Work work(params.shape);
   const bool leader = arch::lane_index() == 0;
@@ -120,11 +120,6 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
   for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks)) {
     float* accumulator = params.dq_accum + tile::statistic_offset(params.shape, work.batch, here.head, params.padded_seqlen_q,
                                                                   here.block * kBlockM) * Config::head_dim;
-    int* turn = nullptr;
-    if constexpr (Config::deterministic) {
-      turn = tile::turn_of<Config>(params, work.batch, here.head, here.block);
-      if (leader) arch::wait_for_turn(turn, work.n_block);
-    }
 #pragma unroll
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       arch::named_barrier_sync(kDqFullBarrier + consumer, kDqThreads);
@@ -139,13 +134,6 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
     if (leader) arch::copy_to_global_wait_read<0>();
     arch::warp_barrier();
     arch::named_barrier_arrive(kDqEmptyBarrier + 1, kDqThreads);
-    if constexpr (Config::deterministic) {
-      if (leader) {
-        arch::copy_to_global_wait();
-        arch::memory_fence();
-        arch::pass_turn(turn, work.n_block + 1);
-      }
-    }
   }
 }
 

@@ -73,7 +73,7 @@ class Emulation:
             return lambda *args, **keywords: replace(choose(*args, **keywords), **dict(self.tile))
 
         with ExitStack() as stack:
-            for name in ("row_for", "forward_row", "backward_row") if self.tile else ():
+            for name in ("row_for", "forward_row", "backward_row", "queries_row") if self.tile else ():
                 choose = getattr(cuflash.plan, name)
                 stack.enter_context(mock.patch.object(cuflash.plan, name, overridden(choose)))
             yield
