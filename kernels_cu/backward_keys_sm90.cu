@@ -10,6 +10,9 @@
 // dK = dS^T Q. Both warpgroups spread a tile over their threads in the same way: thread t of the second needs what thread t of the
 // first has. What a score was made by stays with the first: it passes on P times the derivative of the softcap, negative where
 // dropped.
+//
+// dK is the last to read a block of q, and comes after everything that is made of the block before: so only its warpgroup releases
+// q. What reads dout beside dV, the producer knows to be done when it fills dout: it has filled q before.
 #include "arch/sm90.cuh"
 #include "tile/dropout.cuh"
 #include "tile/mask.cuh"
@@ -65,7 +68,7 @@ struct Shared {
 };
 
 constexpr int kFourBytes = 16 * arch::kWarpgroupSize;
-constexpr int kStoreBarrier = 1;  // + 1 for dk
+constexpr int kValuesReadBarrier = 1, kStoreBarrier = 2;  // + 1 for dk
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
 
@@ -144,7 +147,6 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     if (leader && use > 0) shared.dout.release(use - 1);
     arch::product_wait<0>();
     arch::pin(scores);
-    if (leader) shared.q.release(use);
 
     float derivative[kSize];  // of the softcap
     if constexpr (Config::softcap) modifier.softcap_derivative(derivative, scores);
@@ -165,7 +167,6 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     }
     if constexpr (Config::softcap) tile::multiply(scores, derivative);
 
-    shared.p.wait_empty(use);
     const SharedAddress place = shared.probabilities(use);
 #pragma unroll
     for (int i = 0; i < kSize; i += 4)
@@ -177,7 +178,7 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
   }
   arch::product_wait<0>();
   arch::pin(dv);
-  shared.p.wait_empty(use + 1);  // the last probabilities have been read, after v
+  arch::named_barrier_sync(kValuesReadBarrier, 2 * arch::kWarpgroupSize);
   store_gradient<Config::head_dim_v>(params.dv, shared.values(), dv, Config::dropout ? common.dropout.scale : 1.f, work,
                                      kStoreBarrier);
 }
@@ -206,10 +207,10 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
     arch::product_wait<1>();
     arch::pin(dk);
     arch::pin(ds);
+    arch::warp_barrier();  // all lanes have read P and delta, too, of what the leader releases
     if (leader && use > 0) shared.q.release(use - 1);
     arch::product_wait<0>();
     arch::pin(gradients);
-    if (leader) shared.dout.release(use);
 
     shared.p.wait_full(use);
     const SharedAddress place = shared.probabilities(use);
@@ -225,7 +226,6 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
         gradients[i + j] = (Config::dropout ? arch::magnitude(p[j]) : p[j]) * (dp - row);
       }
     }
-    shared.p.take(use);
     const int query = here.block * kBlockM;
     if (band.template cuts<kBlockM, kBlockN>(query, first_key)) band.template select<KeyRows>(gradients, 0.f, query, key);
     tile::to_operand<Element>(ds, gradients);
@@ -235,6 +235,7 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
   }
   arch::product_wait<0>();
   arch::pin(dk);
+  arch::named_barrier_arrive(kValuesReadBarrier, 2 * arch::kWarpgroupSize);
   // The last probabilities were made after the last use of k: its place is free.
   store_gradient<Config::head_dim>(params.dk, shared.keys(), dk, common.score.scale, work, kStoreBarrier + 1);
 }
@@ -245,9 +246,9 @@ KERNEL(kThreads, 1) backward_keys_sm90(GRID_CONSTANT BackwardSm90Params params) 
   const Shared shared;
   if (arch::thread_index() == 0) {
     shared.kv.init(2 * kWarps);
-    shared.q.init(2 * kWarps);
-    shared.dout.init(2 * kWarps);
-    shared.p.init(kWarps, kWarps);
+    shared.q.init(kWarps);
+    shared.dout.init(kWarps);
+    shared.p.init(kWarps);
     arch::fence_barrier_init();
     arch::prefetch(params.q);
     arch::prefetch(params.k);

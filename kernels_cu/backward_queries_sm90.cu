@@ -116,7 +116,6 @@ DEVICE void consume(const BackwardQueriesSm90Params& params, const Shared& share
 #pragma unroll 1
   for (int n_block = work.blocks.end - 1; n_block >= work.blocks.begin; --n_block, ++use) {
     const int key = n_block * kBlockN;
-    const bool cut = band.template cuts<kBlockM, kBlockN>(first_query, key);
 
     float scores[kSize], gradients[kSize];
     shared.k.wait_full(use);
@@ -133,7 +132,6 @@ DEVICE void consume(const BackwardQueriesSm90Params& params, const Shared& share
     float derivative[kSize];  // of the softcap
     if constexpr (Config::softcap) modifier.softcap_derivative(derivative, scores);
     modifier.template apply<QueryRows>(scores, query, key, sequence.offset);
-    if (cut) band.template select<QueryRows>(scores, -arch::infinity(), query, key);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) scores[i] = arch::exp2(arch::multiply_add(scores[i], unit, -lse[i / 2 % 2]));
     if constexpr (Config::softcap) tile::multiply(scores, derivative);
@@ -146,7 +144,7 @@ DEVICE void consume(const BackwardQueriesSm90Params& params, const Shared& share
           query, key, [&](int i, bool keep) { gradients[i] = keep ? gradients[i] * common.dropout.scale : 0.f; });
 #pragma unroll
     for (int i = 0; i < kSize; ++i) gradients[i] = scores[i] * (gradients[i] - delta[i / 2 % 2]);
-    if (cut) band.template select<QueryRows>(gradients, 0.f, query, key);
+    if (band.template cuts<kBlockM, kBlockN>(first_query, key)) band.template select<QueryRows>(gradients, 0.f, query, key);
     tile::to_operand<Element>(ds, gradients);
 
     tile::start_registers<Element, Config::head_dim, kBlockN>(dq, ds, shared.k.stage(use));  // runs on beside the next scores

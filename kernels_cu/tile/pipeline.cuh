@@ -43,38 +43,31 @@ struct Pipeline {
   DEVICE SharedAddress empty(uint32 stage) const { return barriers + (kStages + stage) * kBarrierBytes; }
 };
 
-// Buffers that warps of one role write and warps of another read with ordinary instructions, thread by thread.
+// Buffers that warps of one role write, and warps of another read, with ordinary instructions. That the last contents of a buffer
+// have been read, writers must know by other means.
 template <int kStages, int kStageBytes>
 struct HandOver {
   static constexpr int kBytes = kStages * kStageBytes;
-  static constexpr int kBarriersBytes = 2 * kStages * kBarrierBytes;
+  static constexpr int kBarriersBytes = kStages * kBarrierBytes;
 
   SharedAddress data;
   SharedAddress barriers;
 
-  DEVICE void init(int writers, int readers) const {
-    for (uint32 stage = 0; stage < kStages; ++stage) {
-      arch::barrier_init(full(stage), writers);
-      arch::barrier_init(empty(stage), readers);
-    }
+  DEVICE void init(int writers) const {
+    for (uint32 stage = 0; stage < kStages; ++stage) arch::barrier_init(full(stage), writers);
   }
 
   DEVICE SharedAddress stage(uint32 use) const { return data + use % kStages * kStageBytes; }
 
-  // Writers, all lanes: waits until the buffer's last contents have been read; after writing says so.
-  DEVICE void wait_empty(uint32 use) const { arch::barrier_wait(empty(use % kStages), (use / kStages & 1) ^ 1); }
-  DEVICE void give(uint32 use) const { arrive(full(use % kStages)); }
-  // Readers, all lanes.
+  // Writers: every warp, all lanes.
+  DEVICE void give(uint32 use) const {
+    arch::warp_barrier();
+    if (arch::lane_index() == 0) arch::barrier_arrive(full(use % kStages));
+  }
   DEVICE void wait_full(uint32 use) const { arch::barrier_wait(full(use % kStages), use / kStages & 1); }
-  DEVICE void take(uint32 use) const { arrive(empty(use % kStages)); }
 
  private:
   DEVICE SharedAddress full(uint32 stage) const { return barriers + stage * kBarrierBytes; }
-  DEVICE SharedAddress empty(uint32 stage) const { return barriers + (kStages + stage) * kBarrierBytes; }
-  DEVICE static void arrive(SharedAddress barrier) {
-    arch::warp_barrier();
-    if (arch::lane_index() == 0) arch::barrier_arrive(barrier);
-  }
 };
 
 // Which tile a persistent CTA works on next: the producer thread takes numbers from a counter in global memory and hands them to
