@@ -269,8 +269,6 @@ def hopper_backward_obstacle(problem: Problem, device: DeviceInfo) -> str | None
             return obstacle
     if problem.dout is not None and (obstacle := _copy_obstacle("dout", problem.dout)):
         return obstacle
-    if problem.modifiers.softcap or problem.dropout is not None:
-        return "its backward has neither softcap nor dropout yet"
     return None
 
 
