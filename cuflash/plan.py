@@ -290,9 +290,6 @@ def hopper_backward_obstacle(problem: Problem, device: DeviceInfo) -> str | None
             return obstacle
     if problem.dout is not None and (obstacle := _copy_obstacle("dout", problem.dout)):
         return obstacle
-    wide = max(problem.head_dim, problem.head_dim_v) > 128
-    if not wide and (problem.modifiers.softcap or problem.dropout is not None):
-        return "its backward has neither softcap nor dropout yet"
     return None
 
 

@@ -15,6 +15,7 @@
 // q. What reads dout beside dV, the producer knows to be done when it fills dout: it has filled q before.
 #include "arch/sm90.cuh"
 #include "tile/dropout.cuh"
+#include "tile/gradient.cuh"
 #include "tile/mask.cuh"
 #include "tile/modifier.cuh"
 #include "tile/pipeline.cuh"
@@ -137,9 +138,9 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     const float unit = modifier.unit();
 
     float scores[kSize];
-    float2 lse[kSize / 4];
+    tile::RowValues<kSize, true> lse(shared.row_lse(use));
     shared.q.wait_full(use);
-    tile::load_column_values<kSize>(lse, shared.row_lse(use));  // now: such loads starve beside a product
+    lse.load_ahead();  // now: such loads starve beside a product
     tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.keys(), 0, shared.q.stage(use));
     arch::product_wait<1>();
     arch::pin(dv);
@@ -154,14 +155,11 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     if (band.template cuts<kBlockM, kBlockN>(query, first_key))
       band.template select<KeyRows>(scores, -arch::infinity(), query, key);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i)
-      scores[i] = arch::exp2(arch::multiply_add(scores[i], unit, i % 2 ? -lse[i / 4].y : -lse[i / 4].x));
+    for (int i = 0; i < kSize; ++i) scores[i] = arch::exp2(arch::multiply_add(scores[i], unit, -lse[i]));
     if constexpr (Config::dropout) {
       dropout.template for_each<KeyRows, kSize>(query, key, [&](int i, bool keep) { scores[i] = keep ? scores[i] : -scores[i]; });
-      float kept[kSize];
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) kept[i] = arch::sign_bit(scores[i]) ? 0.f : scores[i];
-      tile::to_operand<Element>(p, kept);
+      for (int i = 0; i < kSize; i += 2) p[i / 2] = arch::pack_relu<Element>(scores[i], scores[i + 1]);
     } else {
       tile::to_operand<Element>(p, scores);
     }
@@ -200,9 +198,9 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
 #pragma unroll 1
   for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
     float gradients[kSize];
-    float2 delta[kSize / 4];
+    tile::RowValues<kSize, true> delta(shared.row_delta(use));
     shared.dout.wait_full(use);
-    tile::load_column_values<kSize>(delta, shared.row_delta(use));
+    delta.load_ahead();
     tile::start_transposed<Element, Config::head_dim_v, kBlockN, kBlockM>(gradients, shared.values(), 0, shared.dout.stage(use));
     arch::product_wait<1>();
     arch::pin(dk);
@@ -220,10 +218,9 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
       const float p[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float row = j % 2 ? delta[i / 4].y : delta[i / 4].x;
         float dp = gradients[i + j];
-        if constexpr (Config::dropout) dp = arch::sign_bit(p[j]) ? 0.f : dp * common.dropout.scale;
-        gradients[i + j] = (Config::dropout ? arch::magnitude(p[j]) : p[j]) * (dp - row);
+        if constexpr (Config::dropout) dp = p[j] < 0.f ? 0.f : dp * common.dropout.scale;
+        gradients[i + j] = (Config::dropout ? arch::absolute(p[j]) : p[j]) * (dp - delta[i + j]);
       }
     }
     const int query = here.block * kBlockM;

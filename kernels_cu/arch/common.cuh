@@ -58,14 +58,18 @@ DEVICE float reciprocal(float x) {
 }
 
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE float absolute(float x) { return fabsf(x); }
+// A positive number with the highest bit of `sign` as its sign.
+DEVICE float with_sign(float x, uint32 sign) { return __uint_as_float(__float_as_uint(x) | (sign & 0x80000000u)); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-DEVICE bool sign_bit(float x) { return __float_as_int(x) < 0; }
-DEVICE float magnitude(float x) { return fabsf(x); }
 
 // ---- 16-bit elements: two in a 32-bit register, the lower index in the lower half --------------------------------------------------
 
 template <typename Element>
 DEVICE uint32 pack(float low, float high);
+// Negative numbers become zero.
+template <typename Element>
+DEVICE uint32 pack_relu(float low, float high);
 template <typename Element>
 DEVICE float unpack_low(uint32 pair);
 template <typename Element>
@@ -75,6 +79,12 @@ template <>
 DEVICE uint32 pack<Bfloat16>(float low, float high) {
   uint32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+DEVICE uint32 pack_relu<Bfloat16>(float low, float high) {
+  uint32 pair;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 template <>
@@ -89,6 +99,12 @@ template <>
 DEVICE uint32 pack<Float16>(float low, float high) {
   uint32 pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+DEVICE uint32 pack_relu<Float16>(float low, float high) {
+  uint32 pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 template <>

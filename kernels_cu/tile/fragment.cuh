@@ -45,11 +45,10 @@ DEVICE void multiply(float (&slab)[kSize], const float (&factor)[kSize]) {
   for (int i = 0; i < kSize; ++i) slab[i] *= factor[i];
 }
 
-// Values of the thread's columns of a slab of kSize elements, from one value a column in shared memory.
 template <int kSize>
-DEVICE void load_column_values(float2 (&values)[kSize / 4], SharedAddress statistic) {
+DEVICE void multiply(float (&slab)[kSize], float factor) {
 #pragma unroll
-  for (int j = 0; j < kSize / 4; ++j) values[j] = arch::load_shared_float2(statistic + 4 * (8 * j + lane_column()));
+  for (int i = 0; i < kSize; ++i) slab[i] *= factor;
 }
 
 // Sum or maximum over the four lanes that share a row.
@@ -67,6 +66,12 @@ template <class Element, int kSize>
 DEVICE void to_operand(uint32 (&operand)[kSize / 2], const float (&slab)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize / 2; ++i) operand[i] = arch::pack<Element>(slab[2 * i], slab[2 * i + 1]);
+}
+
+// Part `index` of a slab or of an operand in kPart registers each.
+template <int kPart, class Register, int kSize>
+DEVICE Register (&part_of(Register (&slab)[kSize], int index))[kPart] {
+  return reinterpret_cast<Register(&)[kPart]>(slab[index * kPart]);
 }
 
 }  // namespace tile

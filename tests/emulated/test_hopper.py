@@ -32,6 +32,7 @@ QUICK_BACKWARD = """
     length-1 length-65 length-203x113-full length-129x63-causal
     head-dim-40-40-bfloat16 head-dim-128-128-float16 head-dim-80-80-bfloat16
     heads-6-2 window-5-0-65x203 window--1-3-203x65 window-top-left-empty-tail
+    softcap-float16 dropout-float16 softcap+dropout
     alibi-float16 sinks+dlse softmax-scale-negative empty-rows-sinks deterministic strides-transposed-64
     head-dim-192-128-bfloat16 head-dim-128-192-float16 head-dim-160-160-bfloat16 head-dim-256-256-float16
     head-dim-64-256-bfloat16 length-2-wide length-65-wide length-203x113-full-wide length-129x63-causal-wide
@@ -39,7 +40,7 @@ QUICK_BACKWARD = """
     softcap-float16-wide softcap+dropout-wide alibi+dropout-wide dropout-float16-wide sinks+dlse-wide
     softmax-scale-negative-wide empty-rows-sinks-wide strides-transposed-64-wide
     length-65-repeatable length-129x63-causal-repeatable heads-6-2-repeatable window-5-0-65x203-repeatable
-    window--1-3-203x65-repeatable window-top-left-empty-tail-repeatable alibi-float16-repeatable
+    window--1-3-203x65-repeatable window-top-left-empty-tail-repeatable alibi-float16-repeatable softcap+dropout-repeatable
     empty-rows-sinks-repeatable head-dim-80-80-bfloat16-repeatable strides-transposed-64-repeatable
 """.split()
 
@@ -55,11 +56,35 @@ FORWARD_ROWS = {
 BACKWARD_ROWS = {
     "dq of 64 columns": Case("64", seqlen_q=333, seqlen_k=333, num_kv_heads=1, causal=True, deterministic=True),
     "dq of 128 columns": Case("128", seqlen_q=203, seqlen_k=333, head_dim=128, alibi="head", deterministic=True),
+    "dq with holes": Case("holes", seqlen_q=203, seqlen_k=203, causal=True, softcap=2.0, dropout_p=0.2, deterministic=True),
     "dk apart from dv": Case("192", seqlen_q=203, seqlen_k=333, head_dim=192, head_dim_v=128, dropout_p=0.2),
     "dv apart from dk": Case("128x192", seqlen_q=203, seqlen_k=203, head_dim=128, head_dim_v=192, causal=True),
     "one stage of v": Case("256", seqlen_q=203, seqlen_k=333, head_dim=256, num_kv_heads=1, window_size=(150, 40)),
     "two stages of v": Case("capped", seqlen_q=203, seqlen_k=203, head_dim=256, softcap=3.0, alibi="head"),
 }
+# What the backward does to scores and dP, in every order in which it does it: with cut tiles, groups of heads, each dtype.
+_SCORES = {
+    "dropout": {"dropout_p": 0.2},
+    "softcap": {"softcap": 2.0},
+    "softcap+dropout": {"softcap": 2.0, "dropout_p": 0.2},
+}
+_MASKS = {"causal": {"causal": True}, "window": {"window_size": (150, 20)}, "full": {}}
+BACKWARD_SCORES = [
+    Case(
+        f"{name}-{mask}-{head_dim}",
+        seqlen_q=203,
+        seqlen_k=333,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        alibi="head" if (row + column) % 2 else False,
+        dtype=("bfloat16", "float16")[(row + column + head_dim // 32) % 2],
+        **scores,
+        **_MASKS[mask],
+    )
+    for row, (name, scores) in enumerate(_SCORES.items())
+    for column, (mask, head_dim) in enumerate(zip(_MASKS, (64, 96, 128), strict=True))
+]
 
 
 def emulation_of(case: Case) -> Emulation:
@@ -101,7 +126,7 @@ def parameters(pass_: str, quick: list[str]) -> list:
 
 
 def sources_of(
-    pass_: str = "", case: Case | None = None, row: str = "", **others: object
+    pass_: str = "backward", case: Case | None = None, row: str = "", **others: object
 ) -> list[tuple[str, tuple[str, ...]]]:
     if row:
         pass_, case = row_of(row)
@@ -128,6 +153,13 @@ def run(pass_: str, case: Case, emulation: Emulation) -> dict[str, np.ndarray]:
 def test_case(pass_: str, case: Case) -> None:
     arrays = case.arrays()
     report = check(run(pass_, case, emulation_of(case)), problem_of(case.problem(), arrays), arrays)
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("case", BACKWARD_SCORES, ids=lambda case: case.id)
+def test_scores_of_the_backward(case: Case) -> None:
+    arrays = case.arrays()
+    report = check(run("backward", case, emulation_of(case)), problem_of(case.problem(), arrays), arrays)
     assert report.ok, f"\n{report}"
 
 

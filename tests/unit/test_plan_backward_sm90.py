@@ -159,6 +159,8 @@ FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "drop
         ({"window_size": (5, 7)}, {"window_left", "window_right"}),
         ({"softmax_scale": -1.0}, {"scale_first"}),
         ({"operands": SLOPES}, {"alibi", "scale_first"}),
+        ({"softcap": 5.0}, {"softcap", "scale_first"}),
+        ({"dropout_p": 0.1}, {"dropout"}),
         ({"operands": SINKS}, set()),
         ({"deterministic": True}, {"deterministic"}),
     ],
@@ -231,8 +233,6 @@ ITS_OWN = {
         problem_of(operands={"dout": strided(512, 0, 64, 1)}),
         "dout has strides (512, 0, 64, 1); the copy engine needs positive ones",
     ),
-    "softcap": (problem_of(softcap=5.0), "its backward has neither softcap nor dropout yet"),
-    "dropout": (problem_of(dropout_p=0.1), "its backward has neither softcap nor dropout yet"),
 }
 OBSTACLES = OF_THE_FORWARD | ITS_OWN
 

@@ -102,9 +102,9 @@ DEVICE float log2(float x) { return __builtin_log2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 
 DEVICE float maximum(float a, float b) { return __builtin_fmaxf(a, b); }
+DEVICE float absolute(float x) { return __builtin_fabsf(x); }
+DEVICE float with_sign(float x, uint32 sign) { return bit_cast<float>(bit_cast<uint32>(x) | (sign & 0x80000000u)); }
 DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-DEVICE bool sign_bit(float x) { return __builtin_signbit(x); }
-DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
 
 // ---- 16-bit elements: two in a 32-bit register, the lower index in the lower half --------------------------------------------------
 
@@ -137,6 +137,10 @@ DEVICE float widen<Float16>(uint32 bits) {
 template <typename Element>
 DEVICE uint32 pack(float low, float high) {
   return round_to<Element>(low) | round_to<Element>(high) << 16;
+}
+template <typename Element>
+DEVICE uint32 pack_relu(float low, float high) {
+  return pack<Element>(low < 0.f ? 0.f : low, high < 0.f ? 0.f : high);
 }
 template <typename Element>
 DEVICE float unpack_low(uint32 pair) {
