@@ -192,8 +192,6 @@ class QueriesRow:
     ----------
     head_dim, head_dim_v : int
         The largest that the row serves.
-    softcap : bool
-        Whether the row also serves a softcap, whose derivative takes as many registers as the scores.
     num_consumers : int
         Warpgroups of 64 query rows each, beside the producer.
     block_n : int
@@ -206,7 +204,6 @@ class QueriesRow:
 
     head_dim: int
     head_dim_v: int
-    softcap: bool
     num_consumers: int
     block_n: int
     value_stages: int
@@ -223,7 +220,7 @@ class QueriesRow:
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Dynamic shared memory: the layout at the top of backward_queries_sm90.cu.
 
-        >>> queries_row(256, 256, softcap=False).shared_bytes(256, 256) // 1024
+        >>> queries_row(256, 256).shared_bytes(256, 256) // 1024
         224
         """
         q_and_dout = tile_bytes(self.block_m, head_dim) + tile_bytes(self.block_m, head_dim_v)
@@ -257,13 +254,11 @@ BACKWARD = (
     KeysRow(256, None, 64, "unmeasured: 225 KB; dk and dv of 64 keys take 128 registers each"),
 )
 QUERIES = (
-    #          D    Dv   softcap consumers n stages of v
-    QueriesRow(64,  64,  False, 2, 128, 2, "unmeasured: as many scores as 240 registers hold beside dP and dq"),
-    QueriesRow(64,  64,  True,  2, 96,  2, "unmeasured: 128 keys spill with ALiBi and dropout"),
-    QueriesRow(128, 128, True,  2, 96,  2, "unmeasured: 112 keys spill with softcap, ALiBi and dropout"),
-    QueriesRow(192, 192, True,  2, 64,  2, "unmeasured: 80 keys spill with softcap, ALiBi and dropout"),
-    QueriesRow(256, 256, False, 2, 64,  1, "unmeasured: 224 KB; 48 keys leave room for two stages of v"),
-    QueriesRow(256, 256, True,  2, 48,  2, "unmeasured: 64 keys spill with ALiBi and dropout"),
+    #          D    Dv consumers n  stages of v
+    QueriesRow(64,  64,  2, 128, 2, "unmeasured: as many scores as 240 registers hold beside dP and dq"),
+    QueriesRow(128, 128, 2, 96,  2, "unmeasured: 112 keys spill with softcap, ALiBi and dropout"),
+    QueriesRow(192, 192, 2, 80,  2, "unmeasured: 216 KB; more keys ask less of shared memory for each product"),
+    QueriesRow(256, 256, 2, 64,  1, "unmeasured: 224 KB; 48 keys leave room for two stages of v"),
 )
 # fmt: on
 
@@ -301,14 +296,10 @@ def backward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, split: bool) 
     )
 
 
-def queries_row(head_dim: int, head_dim_v: int, *, softcap: bool) -> QueriesRow:
+def queries_row(head_dim: int, head_dim_v: int) -> QueriesRow:
     """Choose the first row that serves a problem.
 
-    >>> queries_row(192, 128, softcap=False).block_n
-    64
+    >>> queries_row(192, 128).block_n
+    80
     """
-    return next(
-        row
-        for row in QUERIES
-        if head_dim <= row.head_dim and head_dim_v <= row.head_dim_v and (row.softcap or not softcap)
-    )
+    return next(row for row in QUERIES if head_dim <= row.head_dim and head_dim_v <= row.head_dim_v)

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from cuflash.device import KB, DeviceInfo
-from cuflash.plan import hopper_backward_obstacle, hopper_obstacle, plan_backward, plan_forward, plan_passes
+from cuflash.plan_sm90 import hopper_backward_obstacle, hopper_obstacle
+from cuflash.planner import plan_backward, plan_forward, plan_passes
 from cuflash.problem import Problem, View
 from cuflash.tiles_sm90 import BACKWARD
 
