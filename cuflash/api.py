@@ -14,7 +14,8 @@ from cuflash import dispatch
 from cuflash.arrays import Array, common_adapter
 from cuflash.backends import cuda_backend, numpy_tiles
 from cuflash.device import DeviceInfo
-from cuflash.plan import Plan, plan_passes
+from cuflash.plan import Plan
+from cuflash.planner import plan_passes
 from cuflash.problem import DTYPES, ITEMSIZE, Problem, check_backend_dtype
 
 

@@ -103,6 +103,10 @@ class BackwardRow:
     ----------
     head_dim : int
         What head_dim and head_dim_v are both padded to: halves of a dq tile are 64 columns or 64 rows.
+    longest : int or None
+        The longest seqlen_q that the row serves; None for any.
+    split : bool
+        Another kernel computes dq: a repeatable sum at no price, for seven products instead of five.
     block_m : int
         Queries of a block; the keys of a block are 128, two warpgroups of 64.
     reason : str
@@ -110,29 +114,128 @@ class BackwardRow:
     """
 
     head_dim: int
+    longest: int | None
+    split: bool
     block_m: int
     reason: str
 
+    entry = "backward_sm90"
     num_consumers = 2
     block_n = WARPGROUP_ROWS * num_consumers
     num_warps = 4 * num_consumers  # of the preparation and the conversion of dq, which share the order of registers
     threads = WARPGROUP_THREADS * (num_consumers + 1)
 
-    @property
-    def shared_bytes(self) -> int:
+    def columns(self, head_dim: int) -> int:
+        return self.head_dim
+
+    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Dynamic shared memory: the layout at the top of backward_sm90.cu.
 
-        >>> backward_row(128, 128).shared_bytes // 1024
-        196
+        >>> [backward_row(128, 128, 4096, split=split).shared_bytes(128, 128) // 1024 for split in (False, True)]
+        [196, 132]
         """
         k_or_v, q_or_dout = tile_bytes(self.block_n, self.head_dim), tile_bytes(self.block_m, self.head_dim)
-        dq = 4 * self.block_m * self.head_dim
+        stages = STAGES * 2 * (q_or_dout + STATISTIC_SPACE)
+        ds, dq = STAGES * tile_bytes(self.block_m, self.block_n), 4 * self.block_m * self.head_dim
         barriers = 2 * (1 + 2 * STAGES) * BARRIER_BYTES
-        stages = STAGES * (2 * (q_or_dout + STATISTIC_SPACE) + tile_bytes(self.block_m, self.block_n))
-        return 2 * k_or_v + stages + dq + barriers
+        return 2 * k_or_v + stages + (0 if self.split else ds + dq) + barriers
 
     def describe(self) -> str:
         return f"{self.block_m}x{self.block_n}, {self.num_consumers} consumer warpgroups, head_dim {self.head_dim}"
+
+
+@dataclass(frozen=True, slots=True)
+class KeysRow:
+    """Tile sizes of backward_keys_sm90.cu, whose two consumer warpgroups work on the same 64 keys.
+
+    Attributes
+    ----------
+    head_dim : int
+        The largest head_dim and head_dim_v that the row serves.
+    longest : int or None
+        The longest seqlen_q that the row serves; None for any.
+    block_m : int
+        Queries of a block.
+    reason : str
+        The measurement that chose the row.
+    """
+
+    head_dim: int
+    longest: int | None
+    block_m: int
+    reason: str
+
+    entry = "backward_keys_sm90"
+    split = True
+    block_n = WARPGROUP_ROWS
+    num_warps = 8  # of the preparation
+    threads = WARPGROUP_THREADS * 3
+
+    def columns(self, head_dim: int) -> int:
+        return rounded_head_dim(head_dim)
+
+    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Dynamic shared memory: the layout at the top of backward_keys_sm90.cu.
+
+        >>> backward_row(256, 256, 4096, split=True).shared_bytes(256, 256) // 1024
+        225
+        """
+        k_and_v = tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, head_dim_v)
+        q_and_dout = tile_bytes(self.block_m, head_dim) + tile_bytes(self.block_m, head_dim_v)
+        probabilities, statistics = 4 * self.block_m * self.block_n, 2 * 4 * self.block_m
+        barriers = (2 * (1 + 2 * STAGES) + STAGES) * BARRIER_BYTES
+        return k_and_v + STAGES * (q_and_dout + probabilities + statistics) + barriers
+
+    def describe(self) -> str:
+        return f"{self.block_m}x{self.block_n}, a consumer warpgroup for dk and one for dv"
+
+
+@dataclass(frozen=True, slots=True)
+class QueriesRow:
+    """Tile sizes of backward_queries_sm90.cu.
+
+    Attributes
+    ----------
+    head_dim, head_dim_v : int
+        The largest that the row serves.
+    num_consumers : int
+        Warpgroups of 64 query rows each, beside the producer.
+    block_n : int
+        Keys of a block.
+    value_stages : int
+        Buffers of v; k has two.
+    reason : str
+        The measurement that chose the row.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    num_consumers: int
+    block_n: int
+    value_stages: int
+    reason: str
+
+    @property
+    def block_m(self) -> int:
+        return WARPGROUP_ROWS * self.num_consumers
+
+    @property
+    def threads(self) -> int:
+        return WARPGROUP_THREADS * (self.num_consumers + 1)
+
+    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Dynamic shared memory: the layout at the top of backward_queries_sm90.cu.
+
+        >>> queries_row(256, 256).shared_bytes(256, 256) // 1024
+        224
+        """
+        q_and_dout = tile_bytes(self.block_m, head_dim) + tile_bytes(self.block_m, head_dim_v)
+        k, v = tile_bytes(self.block_n, head_dim), tile_bytes(self.block_n, head_dim_v)
+        barriers = 2 * (1 + STAGES + self.value_stages) * BARRIER_BYTES
+        return q_and_dout + STAGES * k + self.value_stages * v + barriers
+
+    def describe(self) -> str:
+        return f"{self.block_m}x{self.block_n}, {self.num_consumers} consumer warpgroups, {self.value_stages} of v"
 
 
 # fmt: off
@@ -148,8 +251,19 @@ FORWARD = (
     ForwardRow(256, 256, None, None,  True,  2, 80,  1, 0, False, True,  2, "0.96 to 0.99; 64 keys: 0.94 to 0.96"),
 )
 BACKWARD = (
-    BackwardRow(64,  128, "1.14 to 1.32 of cuDNN"),
-    BackwardRow(128, 64,  "1.02 to 1.17 of cuDNN"),
+    #           D    longest split block_m
+    BackwardRow(64,  None, False, 128, "1.14 to 1.32 of cuDNN"),
+    BackwardRow(64,  None, True,  128, "unmeasured: for repeatable sums; the tiles of the row above"),
+    BackwardRow(128, None, False, 64,  "1.02 to 1.17 of cuDNN"),
+    BackwardRow(128, None, True,  64,  "unmeasured: for repeatable sums; the tiles of the row above"),
+    KeysRow(256, None, 64, "unmeasured: 225 KB; dk and dv of 64 keys take 128 registers each"),
+)
+QUERIES = (
+    #          D    Dv consumers n  stages of v
+    QueriesRow(64,  64,  2, 128, 2, "unmeasured: as many scores as 240 registers hold beside dP and dq"),
+    QueriesRow(128, 128, 2, 96,  2, "unmeasured: 112 keys spill with softcap, ALiBi and dropout"),
+    QueriesRow(192, 192, 2, 80,  2, "unmeasured: 216 KB; more keys ask less of shared memory for each product"),
+    QueriesRow(256, 256, 2, 64,  1, "unmeasured: 224 KB; 48 keys leave room for two stages of v"),
 )
 # fmt: on
 
@@ -172,10 +286,25 @@ def forward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, causal: bool, 
     )
 
 
-def backward_row(head_dim: int, head_dim_v: int) -> BackwardRow | None:
-    """Choose the first row that serves a problem; None where head_dim is too large for this kernel.
+def backward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, split: bool) -> BackwardRow | KeysRow:
+    """Choose the first row that serves a problem; ``split`` insists on one that leaves dq to a kernel of its own.
 
-    >>> backward_row(96, 64).head_dim
+    >>> backward_row(96, 64, 4096, split=False).head_dim
     128
     """
-    return next((row for row in BACKWARD if max(head_dim, head_dim_v) <= row.head_dim), None)
+    return next(
+        row
+        for row in BACKWARD
+        if max(head_dim, head_dim_v) <= row.head_dim
+        and (row.longest is None or seqlen_q <= row.longest)
+        and (row.split or not split)
+    )
+
+
+def queries_row(head_dim: int, head_dim_v: int) -> QueriesRow:
+    """Choose the first row that serves a problem.
+
+    >>> queries_row(192, 128).block_n
+    80
+    """
+    return next(row for row in QUERIES if head_dim <= row.head_dim and head_dim_v <= row.head_dim_v)

@@ -1,5 +1,5 @@
-// Before the backward: the row sums delta = rowsum(dout * out) - dlse, log-sum-exps in base 2, and a cleared accumulator for dq.
-// One CTA takes block_m rows of one head.
+// Before the backward: the row sums delta = rowsum(dout * out) - dlse, log-sum-exps in base 2 and, where key blocks add up dq, a
+// cleared accumulator for it. One CTA takes block_m rows of one head.
 #include "arch/common.cuh"
 #include "tile/gradient.cuh"
 #include "tile/mask.cuh"
@@ -46,8 +46,7 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
   const tile::HeadRows<Element> out_rows(params.out, batch, head), dout_rows(params.dout, batch, head);
   const int first_row = m_block * kBlockM;
 
-  using Share = tile::DqShare<Config>;
-  Share::clear(params, batch, head, m_block);
+  if constexpr (Config::with_dq) tile::DqShare<Config>::clear(params, batch, head, m_block);
 
 #pragma unroll 4
   for (int r = static_cast<uint32>(arch::thread_index()) / kRowThreads; r < kBlockM; r += kThreads / kRowThreads) {
@@ -67,7 +66,7 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
     }
   }
 
-  if constexpr (Config::deterministic) {
+  if constexpr (Config::with_dq && Config::deterministic) {
     if (arch::thread_index() == 0) {
       const tile::Band<Config> band(shape, sequence);
       *tile::turn_of<Config>(params, batch, head, m_block) = band.template first_key_block<Config::block_n>(first_row);

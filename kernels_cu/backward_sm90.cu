@@ -1,11 +1,12 @@
 // Backward attention on Hopper (sm_90a): one CTA computes dk and dv of 128 keys of one key/value head, and adds its part of dq for
 // every query block that sees them. A producer warp copies q and dout by tensor map, two consumer warpgroups of 64 keys each
-// multiply with wgmma, and a store warp adds their parts of dq to the float32 accumulator in global memory.
+// multiply with wgmma, and a store warp adds their parts of dq to the float32 accumulator in global memory. Without
+// Config::with_dq another kernel computes dq; then the warpgroups have nothing to tell each other.
 //
 // Shared memory:  k [128][head_dim]  v [128][head_dim_v]
 //              |  2 x { q [block_m][head_dim]  row_lse [block_m] }  |  2 x { dout [block_m][head_dim_v]  row_delta [block_m] }
 //              |  2 x ds [block_m][128]  |  dq, float32, block_m * head_dim in register order  |  barriers
-// dk and dv are staged where k and v were.
+// dk and dv are staged where k and v were; ds and dq are there with dq only.
 //
 // Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the registers as left operands of dV = P^T dO and
 // dK = dS^T Q. Only dQ = dS K needs the dS of both warpgroups, through shared memory: each computes half of dQ, the columns of
@@ -38,8 +39,9 @@ constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueByt
 using KeysAndValues = tile::Pipeline<1, kKeyBytes + kValueBytes>;
 using Queries = tile::Pipeline<2, kQueryBytes + kStatisticSpace, kQueryBytes + kStatisticBytes>;
 using Douts = tile::Pipeline<2, kDoutBytes + kStatisticSpace, kDoutBytes + kStatisticBytes>;
-constexpr int kDsBytes = tile::tile_bytes(kBlockM, kBlockN);
+constexpr int kDsBytes = Config::with_dq ? tile::tile_bytes(kBlockM, kBlockN) : 0;
 constexpr int kDqHalf = kBlockM * Config::head_dim / kConsumers;  // floats of dq of a consumer
+constexpr int kDqBytes = Config::with_dq ? kConsumers * kDqHalf * static_cast<int>(sizeof(float)) : 0;
 constexpr int kDqRegisters = kDqHalf / arch::kWarpgroupSize;
 
 struct Shared {
@@ -54,7 +56,7 @@ struct Shared {
     dout.data = q.data + Queries::kBytes;
     ds = dout.data + Douts::kBytes;
     dq = ds + 2 * kDsBytes;
-    kv.barriers = dq + kConsumers * kDqHalf * static_cast<int>(sizeof(float));
+    kv.barriers = dq + kDqBytes;
     q.barriers = kv.barriers + KeysAndValues::kBarriersBytes;
     dout.barriers = q.barriers + Queries::kBarriersBytes;
   }
@@ -63,29 +65,14 @@ struct Shared {
   DEVICE SharedAddress row_lse(uint32 use) const { return q.stage(use) + kQueryBytes; }
   DEVICE SharedAddress row_delta(uint32 use) const { return dout.stage(use) + kDoutBytes; }
   DEVICE SharedAddress ds_stage(uint32 use) const { return ds + use % 2 * kDsBytes; }
-  DEVICE SharedAddress dq_half(int consumer) const { return dq + consumer * kDqHalf * static_cast<int>(sizeof(float)); }
+  DEVICE SharedAddress dq_half(int consumer) const { return dq + consumer * kDqBytes / kConsumers; }
 };
 
 // Named barriers. Those of dq are between a consumer and the store warp.
 constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBarrier = 6;
 constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads = arch::kWarpgroupSize + kWarpSize;
 
-// The work of a CTA: all warps go through it in the same order.
-struct Work {
-  int n_block, kv_head, batch;
-  tile::Range blocks;
-  int end_head;
-  tile::QueryCursor first;
-
-  DEVICE explicit Work(const Shape& shape) {
-    const tile::TileIndex index = tile::key_tile_of<Config>(shape, kBlockN);
-    n_block = index.block, kv_head = index.head, batch = index.batch;
-    const tile::Band<Config> band(shape, tile::Sequence(shape, batch));
-    blocks = band.template query_blocks<kBlockM, kBlockN>(n_block * kBlockN);
-    first = {kv_head * shape.group_size, blocks.end - 1};
-    end_head = blocks.begin < blocks.end ? first.head + shape.group_size : first.head;
-  }
-};
+using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
 
 // One thread.
 DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
@@ -110,7 +97,7 @@ DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
   }
 }
 
-// One warp: adds the halves of dq as they come; in turn with the other key blocks where the result is to be repeatable.
+// One warp: adds the halves of dq as they come.
 DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
   const Work work(params.shape);
   const bool leader = arch::lane_index() == 0;
@@ -118,11 +105,6 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
   for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks)) {
     float* accumulator = params.dq_accum + tile::statistic_offset(params.shape, work.batch, here.head, params.padded_seqlen_q,
                                                                   here.block * kBlockM) * Config::head_dim;
-    int* turn = nullptr;
-    if constexpr (Config::deterministic) {
-      turn = tile::turn_of<Config>(params, work.batch, here.head, here.block);
-      if (leader) arch::wait_for_turn(turn, work.n_block);
-    }
 #pragma unroll
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       arch::named_barrier_sync(kDqFullBarrier + consumer, kDqThreads);
@@ -137,22 +119,14 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
     if (leader) arch::copy_to_global_wait_read<0>();
     arch::warp_barrier();
     arch::named_barrier_arrive(kDqEmptyBarrier + 1, kDqThreads);
-    if constexpr (Config::deterministic) {
-      if (leader) {
-        arch::copy_to_global_wait();
-        arch::memory_fence();
-        arch::pass_turn(turn, work.n_block + 1);
-      }
-    }
   }
 }
 
-// Per-query values of the thread's columns of a slab.
-template <int kSize>
-DEVICE void load_statistic(float2 (&values)[kSize / 4], SharedAddress statistic) {
-#pragma unroll
-  for (int j = 0; j < kSize / 4; ++j) values[j] = arch::load_shared_float2(statistic + 4 * (8 * j + tile::lane_column()));
-}
+// What softcap, dropout and ALiBi compute leaves fewer registers: per-query values are then loaded late, and scores become
+// operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
+constexpr int kSize = kBlockM / 2;  // scores of a thread
+constexpr bool kAhead = !Config::softcap && !Config::dropout && !(Config::alibi && kBlockM == 128);
+constexpr int kParts = Config::softcap ? 4 : Config::dropout ? 2 : 1, kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 
 DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int consumer) {
   const BackwardParams& common = params.common;
@@ -164,91 +138,140 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   const int group_key = consumer * tile::kWarpgroupRows, warp_key = group_key + warp_in_group * tile::kSlabRows;
   const int first_key = work.n_block * kBlockN;
   const bool leader = arch::lane_index() == 0;
-  constexpr int kSize = kBlockM / 2;
 
   float dk[Config::head_dim / 2], dv[Config::head_dim_v / 2];
   tile::clear(dk);
   tile::clear(dv);
   if (work.first.head < work.end_head) {
-    if (warp_in_group == 0) arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
+    if (Config::with_dq && warp_in_group == 0)
+      arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
     shared.kv.wait_full(0);
   }
+  tile::Dropped<kSize> dropped;
+  const auto decide_dropped = [&](const tile::QueryCursor& there) {
+    if constexpr (Config::dropout) {
+      const tile::Dropout dropout(common.dropout, work.batch, there.head);
+      dropout.template decide<KeyRows>(dropped, there.block * kBlockM, first_key + warp_key);
+      arch::pin(dropped.word);  // else the compiler holds each decision by itself
+    }
+  };
+  decide_dropped(work.first);
   uint32 use = 0;
 #pragma unroll 1
   for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
     const tile::Modifier<Config> modifier(common.score, work.batch, here.head);
-    const tile::Dropout dropout(common.dropout, work.batch, here.head);
     const int query = here.block * kBlockM, key = first_key + warp_key;
     const bool cut = band.template cuts<kBlockM, kBlockN>(query, first_key);
     const float unit = modifier.unit();
 
     float scores[kSize], gradients[kSize];
-    float2 row_values[kSize / 4];
+    tile::RowValues<kSize, kAhead> row_lse(shared.row_lse(use)), row_delta(shared.row_delta(use));
+
     shared.q.wait_full(use);
-    load_statistic<kSize>(row_values, shared.row_lse(use));  // now: such loads starve beside a product of 64 columns
+    row_lse.load_ahead();  // now: such loads starve beside a product of 64 columns
     tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.keys(), group_key, shared.q.stage(use));
     shared.dout.wait_full(use);
     tile::start_transposed<Element, Config::head_dim_v, kBlockN, kBlockM>(gradients, shared.values(), group_key,
                                                                           shared.dout.stage(use));
-    arch::product_wait<1>();
-    arch::pin(scores);
-    modifier.template apply<KeyRows>(scores, query, key, sequence.offset);
-    if (cut) band.template select<KeyRows>(scores, -arch::infinity(), query, key);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float2 lse = row_values[i / 4];
-      scores[i] = arch::exp2(arch::multiply_add(scores[i], unit, i % 2 ? -lse.y : -lse.x));
-    }
-    load_statistic<kSize>(row_values, shared.row_delta(use));
-    arch::product_wait_here(shape.num_heads);
-    arch::pin(gradients);
 
     uint32 p[kSize / 2], ds[kSize / 2];
-    if constexpr (Config::dropout) {
-      // P as dv sees it has holes; dS needs P without them, and dP with them.
-      float kept[kSize];
-      dropout.template for_each<KeyRows, kSize>(query, key, [&](int i, bool keep) {
-        kept[i] = keep ? scores[i] : 0.f;
-        gradients[i] = keep ? gradients[i] * common.dropout.scale : 0.f;
-      });
-      tile::to_operand<Element>(p, kept);
+    const auto to_probabilities = [&](int part) {
+      float(&part_scores)[kPart] = tile::part_of<kPart>(scores, part);
+      const int part_query = query + part * kPartQueries;
+      modifier.template shift<KeyRows>(part_scores, part_query, key, sequence.offset);
+      if (cut) band.template select<KeyRows>(part_scores, -arch::infinity(), part_query, key);
+#pragma unroll
+      for (int i = part * kPart; i < (part + 1) * kPart; ++i) {
+        scores[i] = arch::exp2(arch::multiply_add(scores[i], unit, -row_lse[i]));
+        if constexpr (Config::dropout) scores[i] = dropped.mark(i, scores[i]);
+      }
+    };
+    // Derivative by what the softmax sees, divided by the probability.
+    const auto centred = [&](int i) {
+      const float delta = row_delta[i];
+      if constexpr (!Config::dropout) return gradients[i] - delta;
+      const bool is_dropped = Config::softcap ? dropped[i] : scores[i] < 0.f;
+      return arch::multiply_add(is_dropped ? 0.f : gradients[i], common.dropout.scale, -delta);
+    };
+    // P as dv sees it has holes, dS needs P without them.
+    const auto to_operands = [&](int part) {
+#pragma unroll
+      for (int i = part * kPart; i < (part + 1) * kPart; ++i) {
+        const float factor = Config::softcap ? gradients[i] : centred(i);
+        gradients[i] = (Config::dropout ? arch::absolute(scores[i]) : scores[i]) * factor;
+        if (i % 2)
+          p[i / 2] = Config::dropout ? arch::pack_relu<Element>(scores[i - 1], scores[i])
+                                     : arch::pack<Element>(scores[i - 1], scores[i]);
+      }
+      float(&part_gradients)[kPart] = tile::part_of<kPart>(gradients, part);
+      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);
+      tile::to_operand<Element>(tile::part_of<kPart / 2>(ds, part), part_gradients);
+    };
+    if constexpr (Config::softcap) {
+      // The derivative of the cap goes into dP at once: it has no registers to wait in.
+      arch::product_wait<0>();
+      arch::pin(scores);
+      arch::pin(gradients);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = part * kPart; i < (part + 1) * kPart; ++i) gradients[i] = centred(i);
+        modifier.cap(tile::part_of<kPart>(scores, part), tile::part_of<kPart>(gradients, part));
+        to_probabilities(part);
+        to_operands(part);
+      }
     } else {
-      tile::to_operand<Element>(p, scores);
-    }
+      arch::product_wait<1>();
+      arch::pin(scores);
+      modifier.scale_first(scores);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float2 delta = row_values[i / 4];
-      gradients[i] = scores[i] * (gradients[i] - (i % 2 ? delta.y : delta.x));
+      for (int part = 0; part < kParts; ++part) to_probabilities(part);
+      row_delta.load_ahead();
+      arch::product_wait_here(shape.num_heads);
+      arch::pin(gradients);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) to_operands(part);
     }
-    if (cut) band.template select<KeyRows>(gradients, 0.f, query, key);
-    tile::to_operand<Element>(ds, gradients);
 
-    tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, ds);
+    const auto start_dk = [&] {
+      tile::start_registers<Element, Config::head_dim, kBlockM>(dk, ds, shared.q.stage(use));
+    };
+    const auto end_dv = [&] {
+      arch::product_wait<1>();
+      arch::pin(dv);
+      arch::pin(p);
+      if (leader) shared.dout.release(use);
+    };
+    if constexpr (Config::with_dq) tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, ds);
     tile::start_registers<Element, Config::head_dim_v, kBlockM>(dv, p, shared.dout.stage(use));
-    arch::fence_async_proxy();
-    arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS of both warpgroups is in shared memory
+    if constexpr (Config::with_dq) {
+      arch::fence_async_proxy();
+      arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS of both warpgroups is in shared memory
 
-    float dq[kDqRegisters];
-    if constexpr (kBlockM == 64)
-      tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys(), consumer);
-    else
-      tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys(), 0);
-    arch::product_wait<1>();
-    arch::pin(dv);
-    arch::pin(p);
-    if (leader) shared.dout.release(use);
-    tile::start_registers<Element, Config::head_dim, kBlockM>(dk, ds, shared.q.stage(use));
-    arch::product_wait<1>();
-    arch::pin(dq);
+      float dq[kDqRegisters];
+      if constexpr (kBlockM == 64)
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys(), consumer);
+      else
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys(), 0);
+      end_dv();
+      start_dk();
+      arch::product_wait<1>();
+      arch::pin(dq);
 
-    arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);
-    const SharedAddress half = shared.dq_half(consumer) + arch::thread_index() % arch::kWarpgroupSize * 16;
+      arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);
+      const SharedAddress half = shared.dq_half(consumer) + arch::thread_index() % arch::kWarpgroupSize * 16;
 #pragma unroll
-    for (int i = 0; i < kDqRegisters; i += 4)
-      arch::store_shared(half + i * 4 * arch::kWarpgroupSize, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
-    arch::fence_async_proxy();
-    arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
+      for (int i = 0; i < kDqRegisters; i += 4)
+        arch::store_shared(half + i * 4 * arch::kWarpgroupSize, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+      arch::fence_async_proxy();
+      arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
+    } else {
+      start_dk();
+      arch::warp_barrier();  // all lanes have read the statistics of the buffers that the leader releases
+      end_dv();
+    }
 
+    decide_dropped(here.next(work.blocks));  // beside the product of dk
     arch::product_wait<0>();
     arch::pin(dk);
     arch::pin(ds);
@@ -256,6 +279,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   }
 
   arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v have been read: their places are free for dk and dv
+  const tile::TileIndex done = tile::key_tile_of<Config>(shape, kBlockN);
   const float scale_k[2] = {common.score.scale, common.score.scale};
   const float scale_v[2] = {Config::dropout ? common.dropout.scale : 1.f, Config::dropout ? common.dropout.scale : 1.f};
   const bool keep[2] = {true, true};
@@ -266,10 +290,10 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   if (warp_in_group == 0 && leader) {
     for (int c = 0; c < tile::chunks(Config::head_dim); ++c)
       arch::copy_box_to_global(params.dk, shared.keys() + (c * kBlockN + group_key) * tile::kChunkRowBytes, c * tile::kChunkColumns,
-                               first_key + group_key, work.kv_head, work.batch);
+                               done.block * kBlockN + group_key, done.head, done.batch);
     for (int c = 0; c < tile::chunks(Config::head_dim_v); ++c)
       arch::copy_box_to_global(params.dv, shared.values() + (c * kBlockN + group_key) * tile::kChunkRowBytes,
-                               c * tile::kChunkColumns, first_key + group_key, work.kv_head, work.batch);
+                               c * tile::kChunkColumns, done.block * kBlockN + group_key, done.head, done.batch);
     arch::copy_to_global_commit();
     arch::copy_to_global_wait_read();
   }
@@ -295,7 +319,9 @@ KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
     arch::lower_registers<kProducerRegisters>();
     const int warp = arch::warp_index();
     if (warp == 0 && arch::lane_index() == 0) produce(params, shared);
-    if (warp == 1) store_dq(params.common, shared);
+    if constexpr (Config::with_dq) {
+      if (warp == 1) store_dq(params.common, shared);
+    }
   } else {
     arch::raise_registers<kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);

@@ -78,13 +78,7 @@ DEVICE int num_tiles(const Shape& shape) {
   return tile::ceil_divide(shape.seqlen_q, kBlockM) * shape.num_heads * shape.batch;
 }
 DEVICE tile::TileIndex tile_of(const Shape& shape, int index) {
-  const int num_blocks = tile::ceil_divide(shape.seqlen_q, kBlockM);
-  if constexpr (Config::window_right) {
-    const auto at = tile::longest_first(index, num_blocks, shape.num_heads, shape.batch, shape.section_heads);
-    return {num_blocks - 1 - at.block, at.head, at.batch};
-  } else {
-    return tile::head_after_head(index, num_blocks, shape.num_heads);
-  }
+  return tile::query_tile_of<Config>(shape, index, kBlockM, shape.section_heads);
 }
 
 // One thread: keys one block ahead of values, which are needed later; the next tile's first buffers as soon as they are free.

@@ -88,3 +88,9 @@ struct BackwardSm90Params {
   TensorMap q, k, v, dout, dk, dv;
   BackwardParams common;
 };
+
+// The kernel of dq alone takes all of it, the one of dk and dv the `rest`. Each has maps of its own, with boxes as large as its tiles.
+struct BackwardQueriesSm90Params {
+  TensorMap q, k, v, dout, dq;
+  BackwardSm90Params rest;
+};

@@ -24,6 +24,8 @@ ORDER = (
     ("device", "tiles"),
     ("tiles_sm90",),
     ("plan",),
+    ("plan_sm90",),
+    ("planner",),
     ("cuda.source",),
     ("cuda.module",),
     ("cuda.tensor_map", "cuda.nvrtc", "cuda.counters"),

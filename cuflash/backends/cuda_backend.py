@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from cuflash.cuda import module
 from cuflash.cuda.launch import Launch
 from cuflash.device import DeviceInfo, require_cupy
-from cuflash.plan import Plan, plan_backward, plan_forward, plan_passes
+from cuflash.plan import Plan
+from cuflash.planner import plan_backward, plan_forward, plan_passes
 from cuflash.problem import Problem, View, check_backend_dtype
 
 DTYPES = ("float16", "bfloat16")

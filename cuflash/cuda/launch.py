@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from cuflash.device import require_cupy
 from cuflash.dropout import Dropout
 from cuflash.plan import Plan
 from cuflash.problem import View
-from cuflash.tiles_sm90 import WARPGROUP_ROWS
 
 POINTER = np.uint64
 ROWS = np.dtype(
@@ -85,6 +85,8 @@ BACKWARD_SM90_PARAMS = np.dtype(
     ],
     align=True,
 )
+_QUERIES_MAPS = [(name, TENSOR_MAP) for name in ("q", "k", "v", "dout", "dq")]
+BACKWARD_QUERIES_SM90_PARAMS = np.dtype([*_QUERIES_MAPS, ("rest", BACKWARD_SM90_PARAMS)], align=True)
 STRUCTS = {
     "Rows": ROWS,
     "Shape": SHAPE,
@@ -94,12 +96,16 @@ STRUCTS = {
     "BackwardParams": BACKWARD_PARAMS,
     "ForwardSm90Params": FORWARD_SM90_PARAMS,
     "BackwardSm90Params": BACKWARD_SM90_PARAMS,
+    "BackwardQueriesSm90Params": BACKWARD_QUERIES_SM90_PARAMS,
 }
-PARAMS = {  # by a plan's main kernel
+INNER_STRUCTS = ("rest", "common")  # parts of a struct that other kernels of the pass take alone
+PARAMS = {  # by kernel; those around the main ones take the innermost part
     "forward_sm80": FORWARD_PARAMS,
     "forward_sm90": FORWARD_SM90_PARAMS,
     "backward_sm80": BACKWARD_PARAMS,
     "backward_sm90": BACKWARD_SM90_PARAMS,
+    "backward_keys_sm90": BACKWARD_SM90_PARAMS,
+    "backward_queries_sm90": BACKWARD_QUERIES_SM90_PARAMS,
 }
 MAX_MAPS = 256  # tensor maps remembered per operand of a launch: one of every layer of a model, again at every step
 OPERANDS_IN_STRUCTS = {
@@ -118,7 +124,9 @@ def constants(plan: Plan) -> bytes:
     """Return the parameter struct of a plan without addresses, strides and seed: those belong to a call."""
     problem, layout, mask = plan.problem, plan.problem.layout, plan.problem.mask
     struct = np.zeros((), PARAMS[plan.main_entry])
-    params = struct["common"] if "common" in struct.dtype.names else struct
+    params = struct
+    while inner := [name for name in params.dtype.names if name in INNER_STRUCTS]:
+        params = params[inner[0]]
     for name, value in {
         "batch": layout.batch,
         "num_heads": problem.num_heads,
@@ -160,18 +168,23 @@ class Launch:
         self._device_index = device_index
         self._constants = constants(plan)
         self._offsets = _Offsets(PARAMS[plan.main_entry])
-        self._maps = [_Map(name, offset, plan) for name, offset in self._offsets.maps]
+        parts = [self._offsets.part_of(step.spec.entry) for step in plan.steps]
+        self._maps = [
+            _Map(name, part.offset + part.params.fields[name][1], rows)
+            for step, part in zip(plan.steps, parts, strict=True)
+            for name, rows in step.boxes
+        ]
         self._counters = tile_counters(device_index) if "tile_counter" in self._offsets.of else None
         self._workspace = _workspace_offsets(plan)
         self._free: list[_Parameters] = []
         self._kernels = [module.load(step.spec, device_index) for step in plan.steps]
         self._launches = []
-        for step, kernel in zip(plan.steps, self._kernels, strict=True):
+        for step, kernel, part in zip(plan.steps, self._kernels, parts, strict=True):
             if step.shared_bytes:
                 attribute = cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 cuda.driver.funcSetAttribute(kernel.handle, attribute, step.shared_bytes)
             launch = (kernel.handle, step.grid, 1, 1, step.threads, 1, 1, step.shared_bytes)
-            self._launches.append((launch, step.spec.entry == plan.main_entry))
+            self._launches.append((launch, self._offsets.parts.index(part)))
         self.workspace_floats = _workspace_floats(plan)
 
     def __call__(self, views: Mapping[str, View], workspace: int, dropout: Dropout | None, stream: int) -> None:
@@ -182,7 +195,7 @@ class Launch:
         try:
             parameters = self._free.pop()
         except IndexError:
-            parameters = _Parameters(len(self._constants), self._offsets.common)
+            parameters = _Parameters(len(self._constants), self._offsets.parts)
         struct_bytes, offsets = parameters.bytes, self._offsets
         struct_bytes[:] = self._constants
         for name, offset in offsets.rows:
@@ -203,37 +216,44 @@ class Launch:
         # A thread that has not used the CUDA runtime yet has no context, and the driver launches nothing without one.
         if not self._context():
             self._bind_context(self._device_index)
-        for launch, takes_all in self._launches:
-            self._launch_kernel(*launch, stream, parameters.whole if takes_all else parameters.common, 0)
+        for launch, part in self._launches:
+            self._launch_kernel(*launch, stream, parameters.arguments[part], 0)
         self._free.append(parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A struct inside of a plan's parameter struct, the whole one first."""
+
+    params: np.dtype
+    offset: int
 
 
 class _Parameters:
     """The bytes of one parameter struct at a fixed address. A call owns one: a launch releases the interpreter lock.
 
-    ``whole`` and ``common`` are the kernelParams of cuLaunchKernel, a pointer to a pointer to the one argument: the
-    struct, or the part of it that the kernels around the main one take.
+    ``arguments`` are the kernelParams of cuLaunchKernel by part of the struct: each a pointer to a pointer to the one
+    argument, the part.
     """
 
-    __slots__ = ("_arguments", "_pinned", "bytes", "common", "whole")
+    __slots__ = ("_pinned", "_pointers", "arguments", "bytes")
 
-    def __init__(self, size: int, common_offset: int) -> None:
+    def __init__(self, size: int, parts: list[_Part]) -> None:
         self.bytes = bytearray(size)
         self._pinned = (ctypes.c_char * size).from_buffer(self.bytes)
         start = ctypes.addressof(self._pinned)
-        self._arguments = (ctypes.c_void_p * 2)(start, start + common_offset)
-        self.whole = ctypes.addressof(self._arguments)
-        self.common = self.whole + ctypes.sizeof(ctypes.c_void_p)
+        self._pointers = (ctypes.c_void_p * len(parts))(*(start + part.offset for part in parts))
+        first = ctypes.addressof(self._pointers)
+        self.arguments = [first + index * ctypes.sizeof(ctypes.c_void_p) for index in range(len(parts))]
 
 
 class _Map:
-    """The tensor maps of one operand: by address, and by strides, which are the caller's layout's where we allocate."""
+    """The tensor maps of one operand of a kernel: by address, and by strides, which are the caller's layout's where
+    we allocate. They move ``rows`` rows at a time.
+    """
 
-    def __init__(self, name: str, offset: int, plan: Plan) -> None:
-        self._name, self._slice = name, slice(offset, offset + tensor_map.BYTES)
-        # Results are stored by each warpgroup for itself, everything else is loaded by the tile.
-        loaded = {"q": plan.tile.block_m, "dout": plan.tile.block_m, "k": plan.tile.block_n, "v": plan.tile.block_n}
-        self._rows = loaded.get(name, WARPGROUP_ROWS)
+    def __init__(self, name: str, offset: int, rows: int) -> None:
+        self._name, self._slice, self._rows = name, slice(offset, offset + tensor_map.BYTES), rows
         self._encoders: dict[tuple[int, ...], tensor_map.Encoder] = {}
         self._encoded: dict[tuple[int, tuple[int, ...]], bytes] = {}
 
@@ -252,24 +272,27 @@ class _Map:
 
 
 class _Offsets:
-    """Where operands go in a parameter struct: ``rows`` with strides, ``maps`` encoded, ``pointers`` alone.
+    """Where operands go in a parameter struct: ``rows`` with strides, ``pointers`` alone; ``parts`` has the maps.
 
-    ``common`` is where the part of the struct that every kernel of the pass takes begins; its fields count as the
-    struct's own.
+    The fields of the innermost part, which every kernel of the pass takes, count as the struct's own.
     """
 
     def __init__(self, params: np.dtype) -> None:
-        fields = {name: params.fields[name][:2] for name in params.names}
-        self.maps = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == TENSOR_MAP]
-        self.common = 0
-        if "common" in fields:
-            inner, self.common = fields["common"]
-            fields = {name: (inner.fields[name][0], self.common + inner.fields[name][1]) for name in inner.names}
+        self.parts = [_Part(params, 0)]
+        while inner := [name for name in params.names if name in INNER_STRUCTS]:
+            params, offset = params.fields[inner[0]][:2]
+            self.parts.append(_Part(params, self.parts[-1].offset + offset))
+        start = self.parts[-1].offset
+        fields = {name: (params.fields[name][0], start + params.fields[name][1]) for name in params.names}
         self.of = {name: offset for name, (_, offset) in fields.items()}
         self.rows = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == ROWS]
         self.pointers = [(name, offset) for name, (dtype, offset) in fields.items() if dtype == POINTER]
         for name, (outer, inner) in OPERANDS_IN_STRUCTS.items():
             self.pointers.append((name, self.of[outer] + fields[outer][0].fields[inner][1]))
+
+    def part_of(self, entry: str) -> _Part:
+        """What a kernel takes: the struct that is its own, or the innermost."""
+        return next((part for part in self.parts if part.params == PARAMS.get(entry)), self.parts[-1])
 
 
 WORKSPACE_ALIGNMENT = 64  # floats: 256 bytes, as of an allocation of its own

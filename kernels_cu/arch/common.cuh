@@ -58,12 +58,18 @@ DEVICE float reciprocal(float x) {
 }
 
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE float absolute(float x) { return fabsf(x); }
+// A positive number with the highest bit of `sign` as its sign.
+DEVICE float with_sign(float x, uint32 sign) { return __uint_as_float(__float_as_uint(x) | (sign & 0x80000000u)); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // ---- 16-bit elements: two in a 32-bit register, the lower index in the lower half --------------------------------------------------
 
 template <typename Element>
 DEVICE uint32 pack(float low, float high);
+// Negative numbers become zero.
+template <typename Element>
+DEVICE uint32 pack_relu(float low, float high);
 template <typename Element>
 DEVICE float unpack_low(uint32 pair);
 template <typename Element>
@@ -73,6 +79,12 @@ template <>
 DEVICE uint32 pack<Bfloat16>(float low, float high) {
   uint32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+DEVICE uint32 pack_relu<Bfloat16>(float low, float high) {
+  uint32 pair;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 template <>
@@ -87,6 +99,12 @@ template <>
 DEVICE uint32 pack<Float16>(float low, float high) {
   uint32 pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+DEVICE uint32 pack_relu<Float16>(float low, float high) {
+  uint32 pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 template <>
@@ -127,6 +145,14 @@ DEVICE int load_shared_int(SharedAddress address) {
 DEVICE float2 load_shared_float2(SharedAddress address) {
   float2 value;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+DEVICE float4 load_shared_float4(SharedAddress address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
   return value;
 }
 

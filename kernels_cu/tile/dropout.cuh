@@ -26,6 +26,16 @@ DEVICE Random philox(uint32 c0, uint32 c1, uint32 c2, uint32 c3, uint32 key0, ui
   return {{c0, c1, c2, c3}};
 }
 
+// Which elements of a slab are dropped, for later than it is decided: element i is bit i % 32 of word i / 32.
+template <int kSize>
+struct Dropped {
+  uint32 word[(kSize + 31) / 32];
+
+  DEVICE bool operator[](int i) const { return word[i / 32] >> i % 32 & 1; }
+  // A probability, negative where it is dropped: one register for both.
+  DEVICE float mark(int i, float probability) const { return arch::with_sign(probability, word[i / 32] << (31 - i % 32)); }
+};
+
 struct Dropout {
   uint32 seed_low, seed_high, offset, batch_head;
   uint32 threshold;  // in the upper half: a word is compared whole for its high score, shifted for its low one
@@ -47,6 +57,14 @@ struct Dropout {
   // Calls visit(i, keep) for every element of a slab whose first score is (query, key), both multiples of 16.
   template <class Orientation, int kSize, class Visitor>
   DEVICE void for_each(int query, int key, Visitor visit) const;
+
+  template <class Orientation, int kSize>
+  DEVICE void decide(Dropped<kSize>& dropped, int query, int key) const {
+#pragma unroll
+    for (uint32& word : dropped.word) word = 0;
+    for_each<Orientation, kSize>(query, key,
+                                 [&](int i, bool keep) { dropped.word[i / 32] |= static_cast<uint32>(!keep) << i % 32; });
+  }
 };
 
 template <class Orientation>

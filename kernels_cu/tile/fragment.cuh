@@ -47,6 +47,12 @@ DEVICE void multiply(float (&slab)[kSize], const float (&factor)[kSize]) {
   for (int i = 0; i < kSize; ++i) slab[i] *= factor[i];
 }
 
+template <int kSize>
+DEVICE void multiply(float (&slab)[kSize], float factor) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) slab[i] *= factor;
+}
+
 // Sum or maximum over the four lanes that share a row.
 DEVICE float row_sum(float value) {
   value += arch::shuffle_xor(value, 2);
@@ -62,6 +68,12 @@ template <class Element, int kSize>
 DEVICE void to_operand(uint32 (&operand)[kSize / 2], const float (&slab)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize / 2; ++i) operand[i] = arch::pack<Element>(slab[2 * i], slab[2 * i + 1]);
+}
+
+// Part `index` of a slab or of an operand in kPart registers each.
+template <int kPart, class Register, int kSize>
+DEVICE Register (&part_of(Register (&slab)[kSize], int index))[kPart] {
+  return reinterpret_cast<Register(&)[kPart]>(slab[index * kPart]);
 }
 
 }  // namespace tile

@@ -14,6 +14,29 @@ DEVICE int* turn_of(const BackwardParams& params, int batch, int head, int m_blo
   return params.dq_turn + pair * (params.padded_seqlen_q / Config::block_m) + m_block;
 }
 
+// Per-query values of the thread's elements of a slab with queries as columns: all loaded ahead of their use, or each at its use.
+template <int kSize, bool kAhead>
+struct RowValues {
+  SharedAddress address;
+  float2 pairs[kAhead ? kSize / 4 : 1];
+
+  DEVICE explicit RowValues(SharedAddress statistic) : address(statistic + 4 * lane_column()) {}
+  DEVICE void load_ahead() {
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int j = 0; j < kSize / 4; ++j) pairs[j] = arch::load_shared_float2(address + 32 * j);
+    }
+  }
+  // Of element i, in ascending order.
+  DEVICE float operator[](int i) {
+    if constexpr (!kAhead) {
+      if (i % 4 == 0) pairs[0] = arch::load_shared_float2(address + 8 * i);
+    }
+    const float2 pair = pairs[kAhead ? i / 4 : 0];
+    return i % 2 ? pair.y : pair.x;
+  }
+};
+
 // The part of a dq tile (block_m x head_dim) that a warp owns: slabs of rows by a range of columns; and where the accumulator has
 // each register of a slab.
 template <class Config>

@@ -29,6 +29,18 @@ DEVICE TileIndex longest_first(int index, int num_blocks, int num_heads, int bat
   return {position / pairs, pair % num_heads, pair / num_heads};
 }
 
+// The query block of a CTA or of a turn in a queue: under a causal mask the last queries see the most keys.
+template <class Config>
+DEVICE TileIndex query_tile_of(const Shape& shape, int index, int block_m, int section_heads) {
+  const int num_blocks = ceil_divide(shape.seqlen_q, block_m);
+  if constexpr (Config::window_right) {
+    const TileIndex at = longest_first(index, num_blocks, shape.num_heads, shape.batch, section_heads);
+    return {num_blocks - 1 - at.block, at.head, at.batch};
+  } else {
+    return head_after_head(index, num_blocks, shape.num_heads);
+  }
+}
+
 // Where the backward's work on a key block is: the heads of the group one after another, and each head's query blocks from the
 // last to the first. In that order a later key block never reaches a query block before an earlier one does, which the turns of
 // dq rely on.
@@ -49,5 +61,23 @@ DEVICE TileIndex key_tile_of(const Shape& shape, int block_n) {
     return longest_first(arch::block_index(), num_blocks, shape.num_kv_heads, shape.batch, shape.section_heads);
   return head_after_head(arch::block_index(), num_blocks, shape.num_kv_heads);
 }
+
+// What a CTA does for the keys of a block: all warps go through the query blocks in the same order.
+template <class Config, int kBlockM, int kBlockN>
+struct KeyWork {
+  int n_block, kv_head, batch;
+  Range blocks;
+  int end_head;
+  QueryCursor first;
+
+  DEVICE explicit KeyWork(const Shape& shape) {
+    const TileIndex index = key_tile_of<Config>(shape, kBlockN);
+    n_block = index.block, kv_head = index.head, batch = index.batch;
+    const Band<Config> band(shape, Sequence(shape, batch));
+    blocks = band.template query_blocks<kBlockM, kBlockN>(n_block * kBlockN);
+    first = {kv_head * shape.group_size, blocks.end - 1};
+    end_head = blocks.begin < blocks.end ? first.head + shape.group_size : first.head;
+  }
+};
 
 }  // namespace tile

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cuflash.device import DeviceInfo
-from cuflash.plan import KernelSpec, Plan, Step, plan_backward, plan_forward
+from cuflash.plan import KernelSpec, Plan, Step
+from cuflash.planner import plan_backward, plan_forward
 from cuflash.problem import Problem, View
 from cuflash.tiles import ANY, rows_for
 from cuflash.tiles_sm90 import FORWARD

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import matrix
 import pytest
@@ -60,7 +61,7 @@ def products(loop: list[str]) -> list[str]:
 
 # Added to the main kernel: what plan.py reserves is what the kernel lays out.
 LAYOUT = """
-static_assert(KeysAndValues::kBytes + Queries::kBytes + Douts::kBytes + 2 * kDsBytes + kConsumers * kDqHalf * 4 +
+static_assert(KeysAndValues::kBytes + Queries::kBytes + Douts::kBytes + 2 * kDsBytes + kDqBytes +
               KeysAndValues::kBarriersBytes + Queries::kBarriersBytes + Douts::kBarriersBytes == {shared_bytes});
 static_assert(kBlockM == {block_m} && kBlockN == {block_n} && kThreads == {threads});
 """
@@ -77,6 +78,14 @@ def checked(kernel: matrix.Kernel) -> nvrtc.CompileReport:
     assert report.warnings == (), "C7508 to C7515: products wait for each other, or registers do not suffice"
     assert kernel.plan.device.blocks_per_sm(step.threads, step.shared_bytes, report.registers) >= step.min_blocks
     return report
+
+
+def without_dq(kernel: matrix.Kernel) -> matrix.Kernel:
+    """The kernel of dk and dv alone, in its own shared memory."""
+    spec, row = kernel.step.spec, kernel.plan.tile
+    config = tuple((name, kind, False if name == "with_dq" else value) for name, kind, value in spec.config)
+    step = replace(kernel.step, spec=replace(spec, config=config), shared_bytes=row.shared_bytes(with_dq=False))
+    return replace(kernel, step=step)
 
 
 def check_order(sass: str, row: BackwardRow) -> None:
@@ -124,6 +133,21 @@ def test_products_wait_where_it_was_measured(row, features, dtype, tmp_path):
     check_order(sass, row)
     element = {"bfloat16": ".BF16", "float16": ""}[dtype]
     assert set(re.findall(r"HGMMA\.64x\d+x16\.(\S+)", sass)) == {f"F32{element}"}
+
+
+@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: f"head_dim{row.head_dim}")
+@pytest.mark.parametrize("features", MASKS, ids=lambda names: "+".join(names) or "plain")
+def test_keys_and_values_alone(row, features, tmp_path):
+    """Without dq four products, nothing to add to global memory, and no word between the warpgroups in the loop."""
+    kernel = without_dq(kernels(row, features)["backward_sm90"])
+    report = checked(kernel)
+    assert report.registers == REGISTERS
+    sass = disassemble(report.cubin, tmp_path)
+    loop = main_loop(sass)
+    queries, columns = f"64x{row.block_m}", f"64x{row.head_dim}"
+    assert products(loop) == [queries] * (2 * row.head_dim // 16) + [columns] * (2 * row.block_m // 16)
+    assert not any(line.startswith("BAR.") for line in loop)
+    assert "UBLKRED" not in sass
 
 
 def test_products_of_a_step(plain):

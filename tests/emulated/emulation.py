@@ -17,7 +17,8 @@ from unittest import mock
 
 import numpy as np
 
-import cuflash.plan
+import cuflash.plan_sm90
+import cuflash.planner
 from cuflash.cuda import launch, source, tensor_map
 from cuflash.device import DeviceInfo
 from cuflash.plan import KernelSpec, Plan
@@ -27,6 +28,12 @@ from emulated import tensor_maps, twin
 from emulated.twin import Memory, Schedule
 
 BAND = 256  # poisoned bytes before and after every array, and what arrays are aligned to
+CHOICES = (  # of a row of tiles
+    (cuflash.planner, "row_for"),
+    (cuflash.plan_sm90, "forward_row"),
+    (cuflash.plan_sm90, "backward_row"),
+    (cuflash.plan_sm90, "queries_row"),
+)
 POISON = 0xFF  # as a float of any width: NaN; as an int32: -1
 
 
@@ -50,11 +57,11 @@ class Emulation:
 
     def plan_forward(self, problem: Problem) -> Plan:
         with self._overridden_tiles():
-            return cuflash.plan.plan_forward(problem.without_seed(), self.device)
+            return cuflash.planner.plan_forward(problem.without_seed(), self.device)
 
     def plan_backward(self, problem: Problem) -> Plan:
         with self._overridden_tiles():
-            return cuflash.plan.plan_backward(problem.without_seed(), self.device)
+            return cuflash.planner.plan_backward(problem.without_seed(), self.device)
 
     def sources(self, plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
         """What `twin.compile_ahead` takes, for every kernel of a plan."""
@@ -73,9 +80,8 @@ class Emulation:
             return lambda *args, **keywords: replace(choose(*args, **keywords), **dict(self.tile))
 
         with ExitStack() as stack:
-            for name in ("row_for", "forward_row", "backward_row") if self.tile else ():
-                choose = getattr(cuflash.plan, name)
-                stack.enter_context(mock.patch.object(cuflash.plan, name, overridden(choose)))
+            for planner, name in CHOICES if self.tile else ():
+                stack.enter_context(mock.patch.object(planner, name, overridden(getattr(planner, name))))
             yield
 
 

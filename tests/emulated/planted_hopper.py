@@ -142,8 +142,6 @@ FORWARD_BUGS = [
 
 HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, causal=True)
 ROWS = replace(HALVES, id="rows", seqlen_q=333, head_dim=64)
-# Four blocks of keys; in float16, because bfloat16 rounds most orders of a sum to the same bits.
-REPEATABLE = Case("repeatable", seqlen_q=113, seqlen_k=450, dtype="float16", deterministic=True)
 
 backward_bug = partial(Bug, entry="backward_sm90", arch="sm_90a", case=HALVES)
 
@@ -186,8 +184,103 @@ BACKWARD_BUGS = [
         before="arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v", after="// k and v"),
     backward_bug("cut scores not masked", error=WrongAnswer,
         before="if (cut) band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=""),
-    backward_bug("turn passed before dq has arrived", error=NotRepeatable, case=REPEATABLE,
-        before="        arch::copy_to_global_wait();\n", after=""),
-    backward_bug("turn of the store warp skipped", error=NotRepeatable, case=REPEATABLE,
-        before="if (leader) arch::wait_for_turn(turn, work.n_block);", after=""),
+]  # fmt: skip
+
+# dq alone: two warpgroups of queries, as many blocks of keys as it takes to come back to a buffer.
+ALONE = Case("alone", seqlen_q=203, seqlen_k=450, num_kv_heads=1, head_dim=256)
+ALONE_CUT = Case("alone-cut", seqlen_q=203, seqlen_k=203, head_dim=128, causal=True, deterministic=True)
+HOLES = Case("holes", seqlen_q=203, seqlen_k=203, head_dim=192, dropout_p=0.3)
+CAPPED = Case("capped", seqlen_q=203, seqlen_k=203, head_dim=192, softcap=1.5)
+queries_bug = partial(Bug, entry="backward_queries_sm90", arch="sm_90a", case=ALONE)
+
+QUERIES_BUGS = [
+    queries_bug("scores of dq changed before they are there", error=TwinError, message=UNDER_WAY,
+        before="arch::product_wait<1>();\n    arch::pin(scores);", after="arch::pin(scores);"),
+    queries_bug("dP of dq changed before it is there", error=TwinError, message=f"{UNDER_WAY}|{OVERWRITTEN}",
+        before="arch::product_wait_here(shape.num_heads);", after=""),
+    queries_bug("keys released before dq has read them", error=TwinError, message=OVERWRITTEN,
+        before="arch::product_wait<2>();", after=""),
+    queries_bug("values released before dP has read them", error=TwinError, message=OVERWRITTEN,
+        before="arch::product_wait_here(shape.num_heads);\n    arch::pin(gradients);\n"
+               "    if (leader) shared.v.release(use);",
+        after="if (leader) shared.v.release(use);\n    arch::product_wait_here(shape.num_heads);"),
+    queries_bug("missing wait for the keys of dq", error=TwinError, message=RACE,
+        before="    shared.k.wait_full(use);\n", after=""),
+    queries_bug("missing wait for the values of dq", error=TwinError, message=f"{RACE}|{ARRIVING}",
+        before="    shared.v.wait_full(use);\n", after=""),
+    queries_bug("dout not announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
+        before="tile::Pipeline<1, kQueryBytes + kDoutBytes>", after="tile::Pipeline<1, kQueryBytes + kDoutBytes, kQueryBytes>"),
+    queries_bug("one reader of keys too few counted", error=TwinError,
+        before="shared.k.init(kReaders);", after="shared.k.init(kReaders - 1);"),
+    queries_bug("missing proxy fence before dq is stored", error=TwinError, message=PROXY,
+        before="arch::fence_async_proxy();", after=""),
+    queries_bug("warpgroups store the same rows of dq", error=TwinError, message=f"{PROXY}|{RACE}",
+        before="shared.queries() + (c * kBlockM + group_row)", after="shared.queries() + (c * kBlockM)"),
+    queries_bug("wrong stride between chunks of dq", error=(TwinError, WrongAnswer),
+        before="(c * kBlockM + group_row) * tile::kChunkRowBytes", after="(c * kBlockM / 2 + group_row) * tile::kChunkRowBytes"),
+    queries_bug("delta of the thread's other row", error=WrongAnswer,
+        before="(gradients[i] - delta[i / 2 % 2])", after="(gradients[i] - delta[1 - i / 2 % 2])"),
+    queries_bug("cut dS of dq not masked", error=WrongAnswer, case=ALONE_CUT,
+        before="band.template select<QueryRows>(gradients, 0.f, query, key);", after=";"),
+    queries_bug("dP of dq without holes", error=WrongAnswer, case=HOLES,
+        before="keep ? gradients[i] * common.dropout.scale : 0.f", after="gradients[i] * common.dropout.scale"),
+    queries_bug("softcap of dq without its derivative", error=WrongAnswer, case=CAPPED,
+        before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
+]  # fmt: skip
+
+keys_bug = partial(Bug, entry="backward_keys_sm90", arch="sm_90a", case=replace(ALONE, id="apart", seqlen_q=333))
+PRODUCER_FILLS_Q = """    const SharedAddress q_barrier = shared.q.begin_fill(use);
+    tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
+    arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
+"""
+PRODUCER_FILLS_DOUT = """    const SharedAddress dout_barrier = shared.dout.begin_fill(use);
+    tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
+    arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
+"""
+
+KEYS_BUGS = [
+    keys_bug("probabilities read before they are given", error=TwinError, message=RACE,
+        before="shared.p.wait_full(use);", after=""),
+    keys_bug("probabilities of the other buffer", error=TwinError, message=RACE,
+        before="shared.p.wait_full(use);\n    const SharedAddress place = shared.probabilities(use);",
+        after="shared.p.wait_full(use);\n    const SharedAddress place = shared.probabilities(use + 1);"),
+    keys_bug("probabilities given by one lane for all", error=TwinError, message=RACE,
+        before="arch::warp_barrier();\n    if (arch::lane_index() == 0) arch::barrier_arrive(full(use % kStages));",
+        after="if (arch::lane_index() == 0) arch::barrier_arrive(full(use % kStages));"),
+    keys_bug("probabilities given by one warp for all", error=TwinError, message=f"{RACE}|{DEADLOCK}",
+        before="shared.p.init(kWarps);", after="shared.p.init(1);"),
+    keys_bug("probabilities of another thread", error=TwinError, message=RACE,
+        before="p.stage(use) + arch::thread_index() % arch::kWarpgroupSize * 16",
+        after="p.stage(use) + arch::thread_index() / 2 % arch::kWarpgroupSize * 16"),
+    keys_bug("statistics of dk and dv not announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
+        before="kDoutBytes, kDoutBytes + kStatisticBytes>", after="kDoutBytes, kDoutBytes>"),
+    keys_bug("queries released before dk has read them", error=TwinError, message=OVERWRITTEN,
+        before="arch::product_wait<1>();\n    arch::pin(dk);", after="arch::pin(dk);"),
+    keys_bug("dout released before dv has read it", error=TwinError, message=OVERWRITTEN,
+        before="arch::product_wait<1>();\n    arch::pin(dv);", after="arch::pin(dv);"),
+    keys_bug("delta and P released by one lane for all", error=TwinError, message=RACE,
+        before="arch::warp_barrier();  // all lanes have read P", after="// all lanes have read P"),
+    keys_bug("producer fills dout before q", error=TwinError, message=OVERWRITTEN,
+        before=PRODUCER_FILLS_Q + PRODUCER_FILLS_DOUT, after=PRODUCER_FILLS_DOUT + PRODUCER_FILLS_Q),
+    keys_bug("dv of a dout that is not waited for", error=TwinError, message=f"{RACE}|{ARRIVING}",
+        before="    shared.dout.wait_full(use);\n    tile::start_registers", after="    tile::start_registers"),
+    keys_bug("dv staged while v is read", error=TwinError, message=OVERWRITTEN,
+        before="arch::named_barrier_sync(kValuesReadBarrier, 2 * arch::kWarpgroupSize);", after=""),
+    keys_bug("missing proxy fence before dk and dv are stored", error=TwinError, message=PROXY,
+        before="arch::fence_async_proxy();", after=""),
+    keys_bug("one barrier for dk and dv", error=TwinError,
+        before="work, kStoreBarrier + 1);", after="work, kStoreBarrier);"),
+    keys_bug("wrong stride between chunks of dk and dv", error=WrongAnswer,
+        before="tile + c * kBlockN * tile::kChunkRowBytes", after="tile + c * kBlockN / 2 * tile::kChunkRowBytes"),
+    keys_bug("dv with dropped probabilities", error=WrongAnswer, case=HOLES,
+        before="arch::pack_relu<Element>(scores[i], scores[i + 1])",
+        after="arch::pack<Element>(arch::absolute(scores[i]), arch::absolute(scores[i + 1]))"),
+    keys_bug("dP of dk without holes", error=WrongAnswer, case=HOLES,
+        before="dp = p[j] < 0.f ? 0.f : dp * common.dropout.scale", after="dp = dp * common.dropout.scale"),
+    keys_bug("dropped probabilities negative in dk", error=WrongAnswer, case=HOLES,
+        before="(Config::dropout ? arch::absolute(p[j]) : p[j])", after="p[j]"),
+    keys_bug("softcap of dk without its derivative", error=WrongAnswer, case=CAPPED,
+        before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
+    keys_bug("cut scores of dk and dv not masked", error=WrongAnswer, case=replace(CAPPED, id="cut", softcap=0.0, causal=True),
+        before="      band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=";"),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from dataclasses import replace
 
@@ -31,7 +32,16 @@ QUICK_BACKWARD = """
     length-1 length-65 length-203x113-full length-129x63-causal
     head-dim-40-40-bfloat16 head-dim-128-128-float16 head-dim-80-80-bfloat16
     heads-6-2 window-5-0-65x203 window--1-3-203x65 window-top-left-empty-tail
+    softcap-float16 dropout-float16 softcap+dropout
     alibi-float16 sinks+dlse softmax-scale-negative empty-rows-sinks deterministic strides-transposed-64
+    head-dim-192-128-bfloat16 head-dim-128-192-float16 head-dim-160-160-bfloat16 head-dim-256-256-float16
+    head-dim-64-256-bfloat16 length-2-wide length-65-wide length-203x113-full-wide length-129x63-causal-wide
+    heads-6-2-wide window-5-0-65x203-wide window--1-3-203x65-wide window-top-left-empty-tail-wide
+    softcap-float16-wide softcap+dropout-wide alibi+dropout-wide dropout-float16-wide sinks+dlse-wide
+    softmax-scale-negative-wide empty-rows-sinks-wide strides-transposed-64-wide
+    length-65-repeatable length-129x63-causal-repeatable heads-6-2-repeatable window-5-0-65x203-repeatable
+    window--1-3-203x65-repeatable window-top-left-empty-tail-repeatable alibi-float16-repeatable softcap+dropout-repeatable
+    empty-rows-sinks-repeatable head-dim-80-80-bfloat16-repeatable strides-transposed-64-repeatable
 """.split()
 
 # One of each row of tiles, with more tiles than blocks; the features that change the inner loop among them.
@@ -44,9 +54,37 @@ FORWARD_ROWS = {
     "lazy rescaling": Case("256", seqlen_q=203, seqlen_k=333, head_dim=256, softcap=3.0, alibi="head"),
 }
 BACKWARD_ROWS = {
-    "128 queries": Case("64", seqlen_q=333, seqlen_k=333, num_kv_heads=1, causal=True, deterministic=True),
-    "64 queries": Case("128", seqlen_q=203, seqlen_k=333, head_dim=128, alibi="head", deterministic=True),
+    "dq of 64 columns": Case("64", seqlen_q=333, seqlen_k=333, num_kv_heads=1, causal=True, deterministic=True),
+    "dq of 128 columns": Case("128", seqlen_q=203, seqlen_k=333, head_dim=128, alibi="head", deterministic=True),
+    "dq with holes": Case("holes", seqlen_q=203, seqlen_k=203, causal=True, softcap=2.0, dropout_p=0.2, deterministic=True),
+    "dk apart from dv": Case("192", seqlen_q=203, seqlen_k=333, head_dim=192, head_dim_v=128, dropout_p=0.2),
+    "dv apart from dk": Case("128x192", seqlen_q=203, seqlen_k=203, head_dim=128, head_dim_v=192, causal=True),
+    "one stage of v": Case("256", seqlen_q=203, seqlen_k=333, head_dim=256, num_kv_heads=1, window_size=(150, 40)),
+    "two stages of v": Case("capped", seqlen_q=203, seqlen_k=203, head_dim=256, softcap=3.0, alibi="head"),
 }
+# What the backward does to scores and dP, in every order in which it does it: with cut tiles, groups of heads, each dtype.
+_SCORES = {
+    "dropout": {"dropout_p": 0.2},
+    "softcap": {"softcap": 2.0},
+    "softcap+dropout": {"softcap": 2.0, "dropout_p": 0.2},
+}
+_MASKS = {"causal": {"causal": True}, "window": {"window_size": (150, 20)}, "full": {}}
+BACKWARD_SCORES = [
+    Case(
+        f"{name}-{mask}-{head_dim}",
+        seqlen_q=203,
+        seqlen_k=333,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        alibi="head" if (row + column) % 2 else False,
+        dtype=("bfloat16", "float16")[(row + column + head_dim // 32) % 2],
+        **scores,
+        **_MASKS[mask],
+    )
+    for row, (name, scores) in enumerate(_SCORES.items())
+    for column, (mask, head_dim) in enumerate(zip(_MASKS, (64, 96, 128), strict=True))
+]
 
 
 def emulation_of(case: Case) -> Emulation:
@@ -55,12 +93,27 @@ def emulation_of(case: Case) -> Emulation:
     return Emulation("sm_90a", sm_count=2 + number % 4, schedule=Schedule(number, resident_blocks=1 + number // 4 % 4))
 
 
+WIDE = [(256, None), (192, 128), (192, None), (256, 64), (224, None)]
+
+
+def in_two_kernels() -> list[Case]:
+    """Masks, features and lengths of head_dim 64 again, where dq has a kernel of its own."""
+    cases = []
+    for case, (head_dim, head_dim_v) in zip(select(), itertools.cycle(WIDE)):
+        # Of a single key dq and dk are 0; what is left of them is noise that grows with head_dim.
+        if case.head_dim == 64 and case.head_dim_v in (None, 64) and case.seqlen_k > 1:
+            cases.append(replace(case, id=f"{case.id}-wide", head_dim=head_dim, head_dim_v=head_dim_v))
+        if not case.deterministic and max(case.head_dim, case.head_dim_v or 0) <= 128:
+            cases.append(replace(case, id=f"{case.id}-repeatable", deterministic=True))
+    return cases
+
+
 def on_hopper(pass_: str) -> list[Case]:
     """The cases that the plan gives to the Hopper kernel of a pass."""
     cases = []
-    for case in select():
+    for case in select() + (in_two_kernels() if pass_ == "backward" else []):
         problem = case.problem() if case.strides == "contiguous" else problem_of(case.problem(), case.arrays())
-        if getattr(emulation_of(case), f"plan_{pass_}")(problem).main_entry == f"{pass_}_sm90":
+        if getattr(emulation_of(case), f"plan_{pass_}")(problem).main_entry.endswith("sm90"):
             cases.append(case)
     return cases
 
@@ -73,7 +126,7 @@ def parameters(pass_: str, quick: list[str]) -> list:
 
 
 def sources_of(
-    pass_: str = "", case: Case | None = None, row: str = "", **others: object
+    pass_: str = "backward", case: Case | None = None, row: str = "", **others: object
 ) -> list[tuple[str, tuple[str, ...]]]:
     if row:
         pass_, case = row_of(row)
@@ -103,6 +156,13 @@ def test_case(pass_: str, case: Case) -> None:
     assert report.ok, f"\n{report}"
 
 
+@pytest.mark.parametrize("case", BACKWARD_SCORES, ids=lambda case: case.id)
+def test_scores_of_the_backward(case: Case) -> None:
+    arrays = case.arrays()
+    report = check(run("backward", case, emulation_of(case)), problem_of(case.problem(), arrays), arrays)
+    assert report.ok, f"\n{report}"
+
+
 @pytest.mark.parametrize(("pass_", "quick"), [("forward", QUICK_FORWARD), ("backward", QUICK_BACKWARD)])
 def test_quick_cases_exist(pass_: str, quick: list[str]) -> None:
     assert set(quick) <= {case.id for case in on_hopper(pass_)}
@@ -119,6 +179,16 @@ def test_same_bits_under_every_schedule(row: str) -> None:
     report = check(results[0], problem_of(case.problem(), arrays), arrays)
     assert report.ok, f"\n{report}"
     assert all(result[key].tobytes() == results[0][key].tobytes() for result in results for key in result)
+
+
+@pytest.mark.parametrize("row", [row for row, case in BACKWARD_ROWS.items() if case.deterministic])
+def test_keys_and_values_alone(row: str) -> None:
+    """dk and dv of a kernel that leaves dq to another have the bits of the one that computes all three."""
+    _, case = row_of(row)
+    together, alone = (
+        run("backward", replace(case, deterministic=alone), emulation_of(case)) for alone in (False, True)
+    )
+    assert all(alone[key].tobytes() == together[key].tobytes() for key in ("dk", "dv"))
 
 
 def random_case(seed: int) -> Case:
@@ -141,6 +211,7 @@ def random_case(seed: int) -> Case:
     keywords |= sometimes(0.5, causal=[True, "top_left"][rng.integers(2)])
     keywords |= sometimes(0.5, window_size=tuple(int(rng.choice([-1, 0, rng.integers(300)])) for _ in range(2)))
     keywords |= sometimes(0.2, softcap=2.0) | sometimes(0.3, alibi="head") | sometimes(0.2, dropout_p=0.2)
+    keywords |= sometimes(0.3, deterministic=True)
     keywords |= sometimes(0.2, softmax_scale=float(rng.choice([-0.1, 0.5])))
     return Case(f"random-{seed}", **keywords)
 
@@ -154,7 +225,7 @@ def test_random_problem(seed: int) -> None:
     problem = problem_of(case.problem(), arrays)
     emulation = emulation_of(case)
     for pass_ in ("forward", "backward"):
-        if getattr(emulation, f"plan_{pass_}")(problem).main_entry == f"{pass_}_sm90":
+        if getattr(emulation, f"plan_{pass_}")(problem).main_entry.endswith("sm90"):
             report = check(run(pass_, case, emulation), problem, arrays)
             assert report.ok, f"{case}\n{report}"
 

@@ -16,6 +16,8 @@ BUGS = [
     *planted_portable.BACKWARD_BUGS,
     *planted_hopper.FORWARD_BUGS,
     *planted_hopper.BACKWARD_BUGS,
+    *planted_hopper.QUERIES_BUGS,
+    *planted_hopper.KEYS_BUGS,
 ]
 CONTROLS = {(bug.case, bug.tile, bug.arch, bug.is_forward): bug for bug in BUGS}
 

@@ -22,7 +22,7 @@ from cuflash.plan import KernelSpec
 def specs() -> list[KernelSpec]:
     """Kernels of the shared cases, each once."""
     from cuflash.device import DeviceInfo
-    from cuflash.plan import plan_backward, plan_forward
+    from cuflash.planner import plan_backward, plan_forward
 
     device = DeviceInfo.current(0)
     problems = {case_problem(case) for case in CASES}

@@ -16,7 +16,7 @@ from cuflash.cuda import launch
 from cuflash.cuda.source import kernels_folder
 from cuflash.device import DeviceInfo
 from cuflash.dropout import Dropout
-from cuflash.plan import plan_backward, plan_forward
+from cuflash.planner import plan_backward, plan_forward
 from cuflash.problem import Problem, View
 
 HOPPER = DeviceInfo.named("sm_90a")

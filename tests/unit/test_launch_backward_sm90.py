@@ -11,7 +11,7 @@ from fake_driver import addressed, driver  # noqa: F401 - a fixture
 
 from cuflash.cuda import launch
 from cuflash.device import DeviceInfo
-from cuflash.plan import plan_backward
+from cuflash.planner import plan_backward
 from cuflash.problem import Problem, View
 
 HOPPER = DeviceInfo.named("sm_90a")

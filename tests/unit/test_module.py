@@ -15,7 +15,8 @@ from fake_driver import CompileException, driver, forward_views  # noqa: F401 - 
 
 from cuflash.cuda import module
 from cuflash.device import DeviceInfo
-from cuflash.plan import KernelSpec, plan_forward
+from cuflash.plan import KernelSpec
+from cuflash.planner import plan_forward
 from cuflash.problem import Problem
 
 ROOT = Path(__file__).resolve().parents[2]

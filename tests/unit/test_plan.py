@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from cuflash.device import MB, DeviceInfo
-from cuflash.plan import KernelSpec, plan_backward, plan_forward
+from cuflash.plan import KernelSpec
+from cuflash.planner import plan_backward, plan_forward
 from cuflash.problem import Problem, View
 from cuflash.tiles import ANY
 

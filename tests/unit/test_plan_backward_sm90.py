@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from cuflash.device import KB, DeviceInfo
-from cuflash.plan import hopper_backward_obstacle, hopper_obstacle, plan_backward, plan_forward, plan_passes
+from cuflash.plan_sm90 import hopper_backward_obstacle, hopper_obstacle
+from cuflash.planner import plan_backward, plan_forward, plan_passes
 from cuflash.problem import Problem, View
 from cuflash.tiles_sm90 import BACKWARD
 
@@ -87,9 +88,10 @@ def test_shared_memory_is_what_the_kernel_lays_out(row):
     query_stages = 2 * (row.block_m * row.head_dim * 2 + 1024)  # statistics take a step in which tiles may start
     ds, dq = 2 * row.block_m * 128 * 2, row.block_m * row.head_dim * 4
     barriers = 8 * 2 * (1 + 2 + 2)
-    assert row.shared_bytes == key_and_value + 2 * query_stages + ds + dq + barriers
-    assert row.shared_bytes <= SHARED
-    assert HOPPER.blocks_per_sm(row.threads, row.shared_bytes, 168) == 1
+    without = key_and_value + 2 * query_stages + barriers
+    assert row.shared_bytes(with_dq=False) == without
+    assert row.shared_bytes(with_dq=True) == without + ds + dq <= SHARED
+    assert HOPPER.blocks_per_sm(row.threads, row.shared_bytes(with_dq=False), 168) == 1
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,8 @@ FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "drop
         ({"window_size": (5, 7)}, {"window_left", "window_right"}),
         ({"softmax_scale": -1.0}, {"scale_first"}),
         ({"operands": SLOPES}, {"alibi", "scale_first"}),
+        ({"softcap": 5.0}, {"softcap", "scale_first"}),
+        ({"dropout_p": 0.1}, {"dropout"}),
         ({"operands": SINKS}, set()),
         ({"deterministic": True}, {"deterministic"}),
     ],
@@ -230,8 +234,6 @@ ITS_OWN = {
         problem_of(operands={"dout": strided(512, 0, 64, 1)}),
         "dout has strides (512, 0, 64, 1); the copy engine needs positive ones",
     ),
-    "softcap": (problem_of(softcap=5.0), "its backward has neither softcap nor dropout yet"),
-    "dropout": (problem_of(dropout_p=0.1), "its backward has neither softcap nor dropout yet"),
 }
 OBSTACLES = OF_THE_FORWARD | ITS_OWN
 
@@ -304,7 +306,8 @@ def test_explain_shows_the_row_and_its_reason(row):
     assert plan.tile == row
     text = plan.explain({"backward_sm90": 168})
     assert f"tile {row.block_m}x128, 2 consumer warpgroups, head_dim {row.head_dim}: {row.reason}\n" in text
-    line = f"backward_sm90 [sm_90a]: grid {plan.steps[1].grid}, 384 threads, {row.shared_bytes} B shared, 168 registers"
+    shared = row.shared_bytes(with_dq=True)
+    line = f"backward_sm90 [sm_90a]: grid {plan.steps[1].grid}, 384 threads, {shared} B shared, 168 registers"
     assert f"{line}, 1 blocks per SM\n" in text
     assert "portable" not in text
 

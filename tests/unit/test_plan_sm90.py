@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from cuflash.device import DeviceInfo
-from cuflash.plan import hopper_obstacle, plan_forward
+from cuflash.plan_sm90 import hopper_obstacle
+from cuflash.planner import plan_forward
 from cuflash.problem import Problem, View
 from cuflash.tiles_sm90 import FORWARD
 

@@ -10,7 +10,8 @@ import pytest
 
 from cuflash.cuda import source
 from cuflash.device import DeviceInfo
-from cuflash.plan import CONFIG_FIELDS, KernelSpec, plan_passes
+from cuflash.plan import CONFIG_FIELDS, KernelSpec
+from cuflash.planner import plan_passes
 from cuflash.problem import Problem, View
 
 

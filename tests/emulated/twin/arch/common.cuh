@@ -102,6 +102,8 @@ DEVICE float log2(float x) { return __builtin_log2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 
 DEVICE float maximum(float a, float b) { return __builtin_fmaxf(a, b); }
+DEVICE float absolute(float x) { return __builtin_fabsf(x); }
+DEVICE float with_sign(float x, uint32 sign) { return bit_cast<float>(bit_cast<uint32>(x) | (sign & 0x80000000u)); }
 DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 // ---- 16-bit elements: two in a 32-bit register, the lower index in the lower half --------------------------------------------------
@@ -137,6 +139,10 @@ DEVICE uint32 pack(float low, float high) {
   return round_to<Element>(low) | round_to<Element>(high) << 16;
 }
 template <typename Element>
+DEVICE uint32 pack_relu(float low, float high) {
+  return pack<Element>(low < 0.f ? 0.f : low, high < 0.f ? 0.f : high);
+}
+template <typename Element>
 DEVICE float unpack_low(uint32 pair) {
   return widen<Element>(pair & 0xffff);
 }
@@ -166,6 +172,11 @@ DEVICE int load_shared_int(SharedAddress address, Where where = {}) {
 }
 DEVICE float2 load_shared_float2(SharedAddress address, Where where = {}) {
   float2 value;
+  twin::read_shared(address, &value, sizeof value, where);
+  return value;
+}
+DEVICE float4 load_shared_float4(SharedAddress address, Where where = {}) {
+  float4 value;
   twin::read_shared(address, &value, sizeof value, where);
   return value;
 }
