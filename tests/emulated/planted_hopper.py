@@ -175,6 +175,7 @@ ALONE = Case("alone", seqlen_q=203, seqlen_k=450, num_kv_heads=1, head_dim=256)
 ALONE_CUT = Case("alone-cut", seqlen_q=203, seqlen_k=203, head_dim=128, causal=True, deterministic=True)
 HOLES = Case("holes", seqlen_q=203, seqlen_k=203, head_dim=192, dropout_p=0.3)
 CAPPED = Case("capped", seqlen_q=203, seqlen_k=203, head_dim=192, softcap=1.5)
+CUT = replace(HOLES, id="cut", dropout_p=0.0, causal=True)
 queries_bug = partial(Bug, entry="backward_queries_sm90", arch="sm_90a", case=ALONE)
 
 QUERIES_BUGS = [
@@ -193,7 +194,8 @@ QUERIES_BUGS = [
     queries_bug("missing wait for the values of dq", error=TwinError, message=f"{RACE}|{ARRIVING}",
         before="    shared.v.wait_full(use);\n", after=""),
     queries_bug("dout not announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
-        before="tile::Pipeline<1, kQueryBytes + kDoutBytes>", after="tile::Pipeline<1, kQueryBytes + kDoutBytes, kQueryBytes>"),
+        before="tile::Pipeline<1, kQueryBytes + kDoutBytes>",
+        after="tile::Pipeline<1, kQueryBytes + kDoutBytes, kQueryBytes>"),
     queries_bug("one reader of keys too few counted", error=TwinError,
         before="shared.k.init(kReaders);", after="shared.k.init(kReaders - 1);"),
     queries_bug("missing proxy fence before dq is stored", error=TwinError, message=PROXY,
@@ -201,7 +203,8 @@ QUERIES_BUGS = [
     queries_bug("warpgroups store the same rows of dq", error=TwinError, message=f"{PROXY}|{RACE}",
         before="shared.queries() + (c * kBlockM + group_row)", after="shared.queries() + (c * kBlockM)"),
     queries_bug("wrong stride between chunks of dq", error=(TwinError, WrongAnswer),
-        before="(c * kBlockM + group_row) * tile::kChunkRowBytes", after="(c * kBlockM / 2 + group_row) * tile::kChunkRowBytes"),
+        before="(c * kBlockM + group_row) * tile::kChunkRowBytes",
+        after="(c * kBlockM / 2 + group_row) * tile::kChunkRowBytes"),
     queries_bug("delta of the thread's other row", error=WrongAnswer,
         before="(gradients[i] - delta[i / 2 % 2])", after="(gradients[i] - delta[1 - i / 2 % 2])"),
     queries_bug("cut dS of dq not masked", error=WrongAnswer, case=ALONE_CUT,
@@ -218,7 +221,8 @@ PRODUCER_FILLS_Q = """    const SharedAddress q_barrier = shared.q.begin_fill(us
     arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
 """
 PRODUCER_FILLS_DOUT = """    const SharedAddress dout_barrier = shared.dout.begin_fill(use);
-    tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
+    tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, \
+work.batch);
     arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
 """
 
@@ -265,6 +269,6 @@ KEYS_BUGS = [
         before="(Config::dropout ? arch::absolute(p[j]) : p[j])", after="p[j]"),
     keys_bug("softcap of dk without its derivative", error=WrongAnswer, case=CAPPED,
         before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
-    keys_bug("cut scores of dk and dv not masked", error=WrongAnswer, case=replace(CAPPED, id="cut", softcap=0.0, causal=True),
+    keys_bug("cut scores of dk and dv not masked", error=WrongAnswer, case=CUT,
         before="      band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=";"),
 ]  # fmt: skip
