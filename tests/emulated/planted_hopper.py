@@ -126,6 +126,8 @@ FORWARD_BUGS = [
 
 HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, causal=True)
 ROWS = replace(HALVES, id="rows", seqlen_q=333, head_dim=64)
+HOLES = replace(HALVES, id="holes", dropout_p=0.3)
+CAPPED = replace(HALVES, id="capped", softcap=1.0)
 # Four blocks of keys; in float16, because bfloat16 rounds most orders of a sum to the same bits.
 REPEATABLE = Case("repeatable", seqlen_q=113, seqlen_k=450, dtype="float16", deterministic=True)
 
@@ -133,7 +135,7 @@ backward_bug = partial(Bug, entry="backward_sm90", arch="sm_90a", case=HALVES)
 
 BACKWARD_BUGS = [
     backward_bug("missing proxy fence before dS is read", error=TwinError, message=PROXY,
-        before="arch::fence_async_proxy();\n    arch::named_barrier_sync(kDsBarrier",
+        before="arch::fence_async_proxy();\n      arch::named_barrier_sync(kDsBarrier",
         after="arch::named_barrier_sync(kDsBarrier"),
     backward_bug("missing barrier between the warpgroups' dS", error=TwinError, message=RACE,
         before="arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS", after="// the dS"),
@@ -152,14 +154,14 @@ BACKWARD_BUGS = [
         before="kQueryBytes + kStatisticSpace, kQueryBytes + kStatisticBytes>",
         after="kQueryBytes + kStatisticSpace, kQueryBytes>"),
     backward_bug("missing proxy fence before dq leaves", error=TwinError, message=PROXY,
-        before="arch::fence_async_proxy();\n    arch::named_barrier_arrive(kDqFullBarrier",
+        before="arch::fence_async_proxy();\n      arch::named_barrier_arrive(kDqFullBarrier",
         after="arch::named_barrier_arrive(kDqFullBarrier"),
     backward_bug("dq overwritten before it has left", error=TwinError, message=OVERWRITTEN,
         before="if (leader) arch::copy_to_global_wait_read<1>();", after=""),
     backward_bug("missing barrier before dq is written", error=TwinError, message=RACE,
         before="arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);", after=""),
     backward_bug("nobody says that dq is empty", error=TwinError, message=DEADLOCK,
-        before="if (warp_in_group == 0) arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);", after=""),
+        before="arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead", after=";"),
     backward_bug("halves of dq swapped", error=TwinError, message=RACE,
         before="shared.dq_half(consumer), kDqHalf * 4", after="shared.dq_half(1 - consumer), kDqHalf * 4"),
     backward_bug("both halves of dq from the same columns", error=WrongAnswer,
@@ -169,7 +171,22 @@ BACKWARD_BUGS = [
     backward_bug("dk staged while k is read", error=TwinError, message=OVERWRITTEN,
         before="arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v", after="// k and v"),
     backward_bug("cut scores not masked", error=WrongAnswer,
-        before="if (cut) band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=""),
+        before="if (cut) band.template select<KeyRows>(part_scores, -arch::infinity(), part_query, key);", after=""),
+    backward_bug("next step's drops decided too late", error=WrongAnswer, case=HOLES,
+        before="decide_dropped(here.next(work.blocks));", after="decide_dropped(here);"),
+    backward_bug("drops unmarked", error=WrongAnswer, case=HOLES,
+        before="scores[i] = dropped.mark(i, scores[i]);", after=";"),
+    backward_bug("dP without holes", error=WrongAnswer, case=HOLES,
+        before="is_dropped ? 0.f : gradients[i], common", after="gradients[i], common"),
+    backward_bug("dS of marked probabilities", error=WrongAnswer, case=HOLES,
+        before="arch::absolute(scores[i])", after="scores[i]"),
+    backward_bug("slope of the cap left out", error=WrongAnswer, case=CAPPED,
+        before="gradients[i] *= arch::multiply_add(-capped, capped, 1.f);", after=""),
+    backward_bug("capped dP read while its product runs", error=TwinError, message=UNDER_WAY, case=CAPPED,
+        before="arch::product_wait<0>();\n      arch::pin(scores);", after="arch::product_wait<1>();\n      arch::pin(scores);"),
+    backward_bug("mask of the first part for all", error=WrongAnswer, case=CAPPED,
+        before="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
+        after="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query, key);"),
     backward_bug("turn passed before dq has arrived", error=NotRepeatable, case=REPEATABLE,
         before="        arch::copy_to_global_wait();\n", after=""),
     backward_bug("turn of the store warp skipped", error=NotRepeatable, case=REPEATABLE,
