@@ -63,7 +63,9 @@ BACKWARD_ROWS = {
     "dk apart from dv": Case("192", seqlen_q=203, seqlen_k=333, head_dim=192, head_dim_v=128, dropout_p=0.2),
     "dv apart from dk": Case("128x192", seqlen_q=203, seqlen_k=203, head_dim=128, head_dim_v=192, causal=True),
     "one stage of v": Case("256", seqlen_q=203, seqlen_k=333, head_dim=256, num_kv_heads=1, window_size=(150, 40)),
-    "capped": Case("capped", seqlen_q=203, seqlen_k=203, head_dim=256, softcap=3.0, alibi="head"),
+    "two stages of v": Case(
+        "capped", seqlen_q=203, seqlen_k=203, head_dim=256, softcap=3.0, alibi="head", dropout_p=0.1
+    ),
 }
 # What the backward does to scores and dP, in every order in which it does it: with cut tiles, groups of heads, both
 # dtypes.

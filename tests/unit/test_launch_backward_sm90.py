@@ -181,7 +181,8 @@ def test_each_of_two_kernels_finds_its_own_maps(driver):  # noqa: F811
     whole, rest = (launched[entry].parameters for entry in list(launched)[1:])
     assert len(whole) == launch.BACKWARD_QUERIES_SM90_PARAMS.itemsize == 5 * 128 + len(rest)
     assert whole[5 * 128 :] == rest
-    assert rest[COMMON_OFFSET : COMMON_OFFSET + launch.BACKWARD_PARAMS.itemsize] == launched["backward_prepare"].parameters
+    common = rest[COMMON_OFFSET : COMMON_OFFSET + launch.BACKWARD_PARAMS.itemsize]
+    assert common == launched["backward_prepare"].parameters
     read = np.frombuffer(whole, launch.BACKWARD_QUERIES_SM90_PARAMS)[0]
     for step, params in zip(plan.steps[1:], (read, read["rest"]), strict=True):
         found = {name: np.frombuffer(params[name].tobytes(), np.uint64)[:2].tolist() for name, _ in step.boxes}

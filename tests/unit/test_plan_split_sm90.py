@@ -26,7 +26,9 @@ def test_every_head_dim_has_steps_that_fit(head_dim, deterministic):
         prepare, queries, keys = plan.steps
         assert entries(plan) == (WIDE if wide else REPEATABLE)
         assert plan.main_entry == "backward_queries_sm90"
-        assert [step.grid for step in plan.steps] == [8 * HEADS * BATCH, 8 * HEADS * BATCH, (16 if wide else 8) * HEADS * BATCH]
+        query_blocks, key_blocks = 8, 16 if wide else 8
+        grids = [blocks * HEADS * BATCH for blocks in (query_blocks, query_blocks, key_blocks)]
+        assert [step.grid for step in plan.steps] == grids
         assert [step.threads for step in plan.steps] == [256, 384, 384]
         assert prepare.shared_bytes == 0
         assert max(queries.shared_bytes, keys.shared_bytes) <= SHARED
@@ -109,7 +111,7 @@ def test_head_dims_are_compiled_for_in_steps_of_32():
 
 def test_explain_shows_both_rows():
     plan = plan_backward(problem_of(256, 256), HOPPER)
-    keys, queries = backward_row(256, 256, 1000, split=False), queries_row(256, 256)
+    keys, queries = backward_row(256, 256, 1000, split=False), queries_row(256, 256, extras=0)
     text = plan.explain()
     assert f"  tile {keys.describe()}: {keys.reason}\n" in text
     assert f"  tile of dq {queries.describe()}: {queries.reason}\n" in text
@@ -117,7 +119,8 @@ def test_explain_shows_both_rows():
 
 def test_heads_of_a_section_have_no_float32_dq():
     """A section of 32 MB: q and dout of a head take 4 MB here, and the accumulator of dq would take as much again."""
+    sizes = {"batch": 4, "seqlen_q": 8192}
     fused, split = (
-        plan_backward(problem_of(128, 128, batch=4, seqlen_q=8192, deterministic=flag), HOPPER) for flag in (False, True)
+        plan_backward(problem_of(128, 128, deterministic=flag, **sizes), HOPPER) for flag in (False, True)
     )
     assert (fused.section_heads, split.section_heads) == (4, 8)

@@ -88,7 +88,7 @@ def test_backward_row_is_one_that_the_kernel_can_be_compiled_for(row):
     assert (row.head_dim, row.block_m) in ((64, 128), (128, 64)), "halves of a dq tile are 64 columns or rows"
 
 
-@pytest.mark.parametrize("row", QUERIES, ids=lambda row: f"{row.head_dim}x{row.head_dim_v}")
+@pytest.mark.parametrize("row", QUERIES, ids=lambda row: f"{row.head_dim}x{row.head_dim_v}-{row.extras}")
 def test_row_of_dq_is_one_that_the_kernel_can_be_compiled_for(row):
     assert row.num_consumers in (2, 3), "the kernel knows how to divide the registers among three or four warpgroups"
     assert row.threads == WARPGROUP_THREADS * (row.num_consumers + 1)
@@ -108,9 +108,11 @@ def test_every_backward_has_rows_that_fit(seqlen_q, split):
         assert row.head_dim >= max(head_dim, head_dim_v)
         assert row.split or not split
         assert row.shared_bytes(row.columns(head_dim), row.columns(head_dim_v)) <= SHARED
-        row_of_dq = queries_row(head_dim, head_dim_v)
-        assert row_of_dq.head_dim >= head_dim and row_of_dq.head_dim_v >= head_dim_v
-        assert row_of_dq.shared_bytes(head_dim, head_dim_v) <= SHARED
+        for extras in range(4):
+            row_of_dq = queries_row(head_dim, head_dim_v, extras=extras)
+            assert row_of_dq.head_dim >= head_dim and row_of_dq.head_dim_v >= head_dim_v
+            assert row_of_dq.extras >= extras
+            assert row_of_dq.shared_bytes(head_dim, head_dim_v) <= SHARED
 
 
 @pytest.mark.parametrize(
@@ -130,11 +132,19 @@ def test_backward_row_choice(head_dims, split, found):
 
 
 @pytest.mark.parametrize(
-    ("head_dims", "rows_and_keys"),
-    [((64, 64), (128, 128)), ((64, 65), (128, 96)), ((192, 128), (128, 80)), ((129, 1), (128, 80)), ((1, 256), (128, 64))],
+    ("head_dims", "extras", "rows_and_keys"),
+    [
+        ((64, 64), 2, (128, 128)),
+        ((64, 64), 3, (128, 96)),
+        ((64, 65), 0, (128, 96)),
+        ((192, 128), 0, (128, 80)),
+        ((129, 1), 3, (128, 64)),
+        ((1, 256), 0, (128, 64)),
+        ((256, 256), 3, (128, 48)),
+    ],
 )
-def test_row_of_dq_choice(head_dims, rows_and_keys):
-    row = queries_row(*head_dims)
+def test_row_of_dq_choice(head_dims, extras, rows_and_keys):
+    row = queries_row(*head_dims, extras=extras)
     assert (row.block_m, row.block_n) == rows_and_keys
 
 
