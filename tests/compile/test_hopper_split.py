@@ -24,8 +24,8 @@ FEATURES = [
 ] + [("negative_scale",)]
 QUICK = (matrix.PLAIN, ("causal",), EXTRAS, ("window_left", "causal", *EXTRAS))
 # Sizes of the tile rows, of their halves, and of the multiples of 32 between them.
-SIZES = [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (96, 32), (160, 160), (224, 224), (256, 64), (64, 256)]
-QUICK_SIZES = SIZES[:5]
+QUICK_SIZES = [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)]
+SIZES = [*QUICK_SIZES, (96, 32), (160, 160), (224, 224), (256, 64), (64, 256)]
 
 LAYOUT = {
     "backward_queries_sm90": """
