@@ -32,7 +32,8 @@ QUICK_BACKWARD = """
     length-1 length-65 length-203x113-full length-129x63-causal
     head-dim-40-40-bfloat16 head-dim-128-128-float16 head-dim-80-80-bfloat16
     heads-6-2 window-5-0-65x203 window--1-3-203x65 window-top-left-empty-tail
-    softcap-float16 dropout-float16 softcap+dropout alibi-float16 sinks+dlse softmax-scale-negative empty-rows-sinks deterministic strides-transposed-64
+    softcap-float16 dropout-float16 softcap+dropout alibi-float16 sinks+dlse
+    softmax-scale-negative empty-rows-sinks deterministic strides-transposed-64
 """.split()
 
 # One of each row of tiles, with more tiles than blocks; the features that change the inner loop among them.
@@ -51,7 +52,7 @@ BACKWARD_ROWS = {
         "64-dropout", seqlen_q=203, seqlen_k=203, causal=True, softcap=2.0, dropout_p=0.2, deterministic=True
     ),
 }
-# What the backward does to scores and dP, in every order in which it does it: with cut tiles, groups of heads, each dtype.
+# What the backward does to scores and dP, in every order in which it does it: cut tiles, groups of heads, each dtype.
 _SCORES = {
     "dropout": {"dropout_p": 0.2},
     "softcap": {"softcap": 2.0},
