@@ -67,8 +67,7 @@ BACKWARD_ROWS = {
         "capped", seqlen_q=203, seqlen_k=203, head_dim=256, softcap=3.0, alibi="head", dropout_p=0.1
     ),
 }
-# What the backward does to scores and dP, in every order in which it does it: with cut tiles, groups of heads, both
-# dtypes.
+# What the backward does to scores and dP, in every order in which it does it: cut tiles, groups of heads, each dtype.
 _SCORES = {
     "dropout": {"dropout_p": 0.2},
     "softcap": {"softcap": 2.0},
