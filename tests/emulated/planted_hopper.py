@@ -185,9 +185,8 @@ BACKWARD_BUGS = [
         before="arch::product_wait<0>();\n      arch::pin(scores);",
         after="arch::product_wait<1>();\n      arch::pin(scores);"),
     backward_bug("mask of the first part for all", error=WrongAnswer, case=CAPPED,
-<<<<<<< HEAD
-        before="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
-        after="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query, key);"),
+        before="select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
+        after="select<KeyRows>(part_gradients, 0.f, query, key);"),
 ]  # fmt: skip
 
 # dq alone: two warpgroups of queries, as many blocks of keys as it takes to come back to a buffer.
@@ -291,12 +290,4 @@ KEYS_BUGS = [
         before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
     keys_bug("cut scores of dk and dv not masked", error=WrongAnswer, case=CUT,
         before="      band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=";"),
-=======
-        before="select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
-        after="select<KeyRows>(part_gradients, 0.f, query, key);"),
-    backward_bug("turn passed before dq has arrived", error=NotRepeatable, case=REPEATABLE,
-        before="        arch::copy_to_global_wait();\n", after=""),
-    backward_bug("turn of the store warp skipped", error=NotRepeatable, case=REPEATABLE,
-        before="if (leader) arch::wait_for_turn(turn, work.n_block);", after=""),
->>>>>>> bwd1
 ]  # fmt: skip
