@@ -125,7 +125,7 @@ FORWARD_BUGS = [
         before="kConsumers == 2 ? 40 : 32", after="kConsumers == 2 ? 56 : 32"),
     forward_bug("tail of keys not masked", error=WrongAnswer, case=MANY_KEYS,
         before="modify(scores, n_block, True{});", after="modify(scores, n_block, False{});"),
-    forward_bug("queries released before the last scores", error=TwinError, message=f"{OVERWRITTEN}|{RACE}", case=MANY_QUERIES,
+    forward_bug("queries released before the last scores", error=TwinError, message=RACE, case=MANY_QUERIES,
         before="(leader & (n_block == blocks.begin))) shared.q.release(query_use);\n\n",
         after="(leader & (n_block == blocks.begin + 1))) shared.q.release(query_use);\n\n"),
     forward_bug("a passing block not given back", error=TwinError, message=DEADLOCK, case=PASSING,
