@@ -272,7 +272,8 @@ QUERIES = (
     #          D    Dv extras consumers n stages of v
     QueriesRow(64,  64,  2, 2, 128, 2, "unmeasured: as many scores as 240 registers hold beside dP and dq"),
     QueriesRow(64,  64,  3, 2, 96,  2, "unmeasured: 128 keys spill"),
-    QueriesRow(128, 128, 3, 2, 96,  2, "unmeasured: 112 keys spill with three extras"),
+    QueriesRow(128, 128, 2, 2, 96,  2, "unmeasured: 112 keys fit, but waste more of the last block"),
+    QueriesRow(128, 128, 3, 2, 80,  2, "unmeasured: 96 keys spill"),
     QueriesRow(192, 192, 2, 2, 80,  2, "unmeasured: 216 KB; more keys ask less of shared memory for each product"),
     QueriesRow(192, 192, 3, 2, 64,  2, "unmeasured: 80 keys spill"),
     QueriesRow(256, 256, 2, 2, 64,  1, "unmeasured: 224 KB; 48 keys leave room for two stages of v"),

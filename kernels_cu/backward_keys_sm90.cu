@@ -139,7 +139,7 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     const float unit = modifier.unit();
 
     float scores[kSize];
-    tile::RowValues<kSize, true> lse(shared.row_lse(use));
+    tile::RowValues<kSize, !Config::softcap> lse(shared.row_lse(use));  // whose derivative leaves no registers to wait in
     shared.q.wait_full(use);
     lse.load_ahead();  // now: such loads starve beside a product
     tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.keys(), 0, shared.q.stage(use));
