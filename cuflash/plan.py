@@ -148,9 +148,9 @@ _DQ_SCHEDULE = ("num_consumers", "value_stages")
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
     "forward_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_SCHEDULE, *_SCORES, "sinks"),
-    "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic", "with_dq", "converts_dq"),
+    "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic", "with_dq"),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
-    "backward_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "with_dq", "converts_dq"),
+    "backward_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "with_dq"),
     "backward_keys_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES),
     "backward_queries_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_DQ_SCHEDULE, *_SCORES),
     "backward_finish": (*_DQ_TILE, "store_bytes"),

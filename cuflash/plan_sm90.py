@@ -115,8 +115,7 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
 
 def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     layout, head_dim, head_dim_v = problem.layout, problem.head_dim, problem.head_dim_v
-    dq_rows = problem.group_size * layout.seqlen_q
-    tile = backward_row(head_dim, head_dim_v, dq_rows, split=problem.deterministic)
+    tile = backward_row(head_dim, head_dim_v, layout.seqlen_q, split=problem.deterministic)
     extras = (problem.modifiers.softcap != 0) + problem.modifiers.alibi + (problem.dropout is not None)
     dq_tile = queries_row(head_dim, head_dim_v, extras=extras) if tile.split else None
     config = score_config(problem) | {
@@ -130,13 +129,12 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "warpgroups": ("bool", True),
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
-        "converts_dq": ("bool", tile.converts_dq),
     }
     steps = [_prepare_step(problem, device, config, tile)]
     if dq_tile is not None:
         steps.append(_queries_step(problem, device, config, dq_tile))
     steps.append(_keys_step(problem, device, config, tile))
-    if dq_tile is None and not tile.converts_dq:
+    if dq_tile is None:
         dq_bytes = tile_bytes(tile.block_m, tile.columns(head_dim))
         spec = kernel_spec("backward_finish", config, device.portable_arch)
         steps.append(Step(spec, steps[0].grid, 32 * tile.num_warps, dq_bytes, 1))
@@ -147,8 +145,6 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     workspace = {"row_lse": (rows, "float32"), "row_delta": (rows, "float32")}
     if dq_tile is None:
         workspace["dq_accum"] = ((*rows, tile.columns(head_dim)), "float32")
-    if tile.converts_dq:
-        workspace["dq_arrivals"] = ((layout.batch, problem.num_kv_heads), "int32")
     return Plan(
         problem=problem,
         device=device,
@@ -173,7 +169,7 @@ def _keys_step(problem: Problem, device: DeviceInfo, config: Config, tile: Backw
     grid = num_blocks(problem.layout.seqlen_k, tile.block_n) * problem.num_kv_heads * problem.layout.batch
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
-    boxes |= dict.fromkeys(("dq", "dk", "dv") if tile.converts_dq else ("dk", "dv"), WARPGROUP_ROWS)
+    boxes |= {"dk": WARPGROUP_ROWS, "dv": WARPGROUP_ROWS}
     return Step(spec, grid, tile.threads, shared_bytes, 1, tuple(boxes.items()))
 
 

@@ -143,7 +143,6 @@ def _config(problem: Problem, tile: TileRow) -> Config:
         "warpgroups": ("bool", False),
         "deterministic": ("bool", problem.deterministic),
         "with_dq": ("bool", True),
-        "converts_dq": ("bool", False),
     }
 
 

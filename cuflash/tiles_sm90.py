@@ -15,7 +15,6 @@ WARPGROUP_THREADS = 128
 STAGES = 2
 CHUNK_COLUMNS = 64  # of a tile in shared memory: kernels_cu/tile/swizzle.cuh
 BARRIER_BYTES = 8
-VERDICT_BYTES = 16  # of backward_sm90.cu: whether a CTA is the last of its head
 QUEUE_BYTES = 48  # tile::TileQueue of kernels_cu/tile/pipeline.cuh
 STATISTIC_SPACE = 1024  # one float per query, in steps in which tiles may start
 
@@ -105,11 +104,9 @@ class BackwardRow:
     head_dim : int
         What head_dim and head_dim_v are both padded to: halves of a dq tile are 64 columns or 64 rows.
     longest : int or None
-        The most query rows of a key/value head that the row serves; None for any.
+        The longest seqlen_q that the row serves; None for any.
     split : bool
         Another kernel computes dq: a repeatable sum at no price, for seven products instead of five.
-    converts_dq : bool
-        The last CTA of a key/value head converts its dq, which is else left to a kernel of its own.
     block_m : int
         Queries of a block; the keys of a block are 128, two warpgroups of 64.
     reason : str
@@ -119,7 +116,6 @@ class BackwardRow:
     head_dim: int
     longest: int | None
     split: bool
-    converts_dq: bool
     block_m: int
     reason: str
 
@@ -141,7 +137,7 @@ class BackwardRow:
         k_or_v, q_or_dout = tile_bytes(self.block_n, self.head_dim), tile_bytes(self.block_m, self.head_dim)
         stages = STAGES * 2 * (q_or_dout + STATISTIC_SPACE)
         ds, dq = STAGES * tile_bytes(self.block_m, self.block_n), 4 * self.block_m * self.head_dim
-        barriers = 2 * (1 + 2 * STAGES) * BARRIER_BYTES + VERDICT_BYTES
+        barriers = 2 * (1 + 2 * STAGES) * BARRIER_BYTES
         return 2 * k_or_v + stages + (0 if self.split else ds + dq) + barriers
 
     def describe(self) -> str:
@@ -157,7 +153,7 @@ class KeysRow:
     head_dim : int
         The largest head_dim and head_dim_v that the row serves.
     longest : int or None
-        The most query rows of a key/value head that the row serves; None for any.
+        The longest seqlen_q that the row serves; None for any.
     block_m : int
         Queries of a block.
     reason : str
@@ -171,7 +167,6 @@ class KeysRow:
 
     entry = "backward_keys_sm90"
     split = True
-    converts_dq = False
     block_n = WARPGROUP_ROWS
     num_warps = 8  # of the preparation
     threads = WARPGROUP_THREADS * 3
@@ -259,13 +254,11 @@ FORWARD = (
     ForwardRow(256, 256, None, None,  True,  2, 80,  1, 0, False, True,  2, "0.96 to 0.99; 64 keys: 0.94 to 0.96"),
 )
 BACKWARD = (
-    #           D    longest split converts block_m
-    BackwardRow(64,  1024, False, True,  128, "unmeasured: a conversion of its own takes 50 us"),
-    BackwardRow(64,  None, False, False, 128, "1.14 to 1.32 of cuDNN"),
-    BackwardRow(64,  None, True,  False, 128, "1.00 to 1.02 of cuDNN to 1024 queries, 0.93 to 1.02 beyond"),
-    BackwardRow(128, 1024, False, True,  64,  "unmeasured: a conversion of its own takes 50 us"),
-    BackwardRow(128, None, False, False, 64,  "1.02 to 1.17 of cuDNN"),
-    BackwardRow(128, None, True,  False, 64,  "0.96 to 1.00 of cuDNN to 1024 queries, 0.87 to 0.96 beyond"),
+    #           D    longest split block_m
+    BackwardRow(64,  None, False, 128, "1.14 to 1.32 of cuDNN"),
+    BackwardRow(64,  None, True,  128, "unmeasured: for repeatable sums; the tiles of the row above"),
+    BackwardRow(128, None, False, 64,  "1.02 to 1.17 of cuDNN"),
+    BackwardRow(128, None, True,  64,  "unmeasured: for repeatable sums; the tiles of the row above"),
     KeysRow(256, None, 64, "unmeasured: 225 KB; dk and dv of 64 keys take 128 registers each"),
 )
 QUERIES = (
@@ -300,10 +293,8 @@ def forward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, causal: bool, 
     )
 
 
-def backward_row(head_dim: int, head_dim_v: int, dq_rows: int, *, split: bool) -> BackwardRow | KeysRow:
+def backward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, split: bool) -> BackwardRow | KeysRow:
     """Choose the first row that serves a problem; ``split`` insists on one that leaves dq to a kernel of its own.
-
-    ``dq_rows`` are the query rows of a key/value head: of all heads of its group.
 
     >>> backward_row(96, 64, 4096, split=False).head_dim
     128
@@ -312,7 +303,7 @@ def backward_row(head_dim: int, head_dim_v: int, dq_rows: int, *, split: bool) -
         row
         for row in BACKWARD
         if max(head_dim, head_dim_v) <= row.head_dim
-        and (row.longest is None or dq_rows <= row.longest)
+        and (row.longest is None or seqlen_q <= row.longest)
         and (row.split or not split)
     )
 

@@ -99,10 +99,6 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
     }
   }
 
-  if constexpr (Config::converts_dq) {
-    if (arch::thread_index() == 0 && m_block == 0 && head % shape.group_size == 0)
-      params.dq_arrivals[batch * shape.num_kv_heads + head / shape.group_size] = 0;
-  }
   if constexpr (Config::with_dq && Config::deterministic) {
     if (arch::thread_index() == 0) {
       const tile::Band<Config> band(shape, sequence);

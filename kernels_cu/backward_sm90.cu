@@ -6,8 +6,7 @@
 // Shared memory:  k [128][head_dim]  v [128][head_dim_v]
 //              |  2 x { q [block_m][head_dim]  row_lse [block_m] }  |  2 x { dout [block_m][head_dim_v]  row_delta [block_m] }
 //              |  2 x ds [block_m][128]  |  dq, float32, block_m * head_dim in register order  |  barriers
-// dk and dv are staged where k and v were; ds and dq are there with dq only. With Config::converts_dq the last CTA of a key/value
-// head turns the accumulator into dq: a short sequence has too little of it for a kernel of its own, and finds it in L2.
+// dk and dv are staged where k and v were; ds and dq are there with dq only.
 //
 // Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the registers as left operands of dV = P^T dO and
 // dK = dS^T Q. Only dQ = dS K needs the dS of both warpgroups, through shared memory: each computes half of dQ, the columns of
@@ -44,14 +43,12 @@ constexpr int kDsBytes = Config::with_dq ? tile::tile_bytes(kBlockM, kBlockN) : 
 constexpr int kDqHalf = kBlockM * Config::head_dim / kConsumers;  // floats of dq of a consumer
 constexpr int kDqBytes = Config::with_dq ? kConsumers * kDqHalf * static_cast<int>(sizeof(float)) : 0;
 constexpr int kDqRegisters = kDqHalf / arch::kWarpgroupSize;
-constexpr int kDqTileBytes = tile::tile_bytes(tile::kWarpgroupRows, tile::kChunkColumns);  // a half as elements
 
 struct Shared {
   KeysAndValues kv;
   Queries q;
   Douts dout;
   SharedAddress ds, dq;
-  SharedAddress last;  // whether this CTA is the last of its key/value head to have added to dq
 
   DEVICE Shared() {
     kv.data = arch::shared_base();
@@ -62,7 +59,6 @@ struct Shared {
     kv.barriers = dq + kDqBytes;
     q.barriers = kv.barriers + KeysAndValues::kBarriersBytes;
     dout.barriers = q.barriers + Queries::kBarriersBytes;
-    last = dout.barriers + Douts::kBarriersBytes;
   }
   DEVICE SharedAddress keys() const { return kv.data; }
   DEVICE SharedAddress values() const { return kv.data + kKeyBytes; }
@@ -73,7 +69,7 @@ struct Shared {
 };
 
 // Named barriers. Those of dq are between a consumer and the store warp.
-constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBarrier = 6, kLastBarrier = 8;
+constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBarrier = 6;
 constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads = arch::kWarpgroupSize + kWarpSize;
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
@@ -124,60 +120,6 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
     arch::warp_barrier();
     arch::named_barrier_arrive(kDqEmptyBarrier + 1, kDqThreads);
   }
-  if constexpr (Config::converts_dq) {
-    if (leader) {
-      arch::copy_to_global_wait();
-      arch::memory_fence();
-      const int arrived = arch::fetch_add(params.dq_arrivals + work.batch * params.shape.num_kv_heads + work.kv_head, 1);
-      arch::memory_fence();
-      arch::store_shared(shared.last, static_cast<uint32>(arrived == tile::ceil_divide(params.shape.seqlen_k, kBlockN) - 1));
-    }
-    arch::warp_barrier();
-    arch::named_barrier_arrive(kLastBarrier, kConsumerThreads + kWarpSize);
-  }
-}
-
-// A consumer's halves of dq, of all queries of a key/value head: from the accumulator, scaled, to elements.
-DEVICE void convert_dq(const BackwardSm90Params& params, const Shared& shared, int kv_head, int batch, int consumer) {
-  const BackwardParams& common = params.common;
-  const int num_blocks = tile::ceil_divide(common.shape.seqlen_q, kBlockM);
-  const int first_head = kv_head * common.shape.group_size, tiles = num_blocks * common.shape.group_size;
-  const int warp_in_group = arch::warp_index() % 4, thread = arch::thread_index() % arch::kWarpgroupSize;
-  const int row = kBlockM == 64 ? 0 : consumer * tile::kWarpgroupRows, column = kBlockM == 64 ? consumer * tile::kChunkColumns : 0;
-  const bool storer = thread == 0;
-  const float factor[2] = {common.score.scale, common.score.scale};
-  const bool keep[2] = {true, true};
-  const auto load = [&](float(&dq)[kDqRegisters], int index) {
-    const int64 first_row = tile::statistic_offset(common.shape, batch, first_head + index / num_blocks, common.padded_seqlen_q,
-                                                   index % num_blocks * kBlockM);
-    const float* half = common.dq_accum + first_row * Config::head_dim + consumer * kDqHalf + 4 * thread;
-#pragma unroll
-    for (int i = 0; i < kDqRegisters; i += 4) {
-      const float4 four = arch::load_fresh(half + i * arch::kWarpgroupSize);
-      dq[i] = four.x, dq[i + 1] = four.y, dq[i + 2] = four.z, dq[i + 3] = four.w;
-    }
-  };
-  float next[kDqRegisters];
-  load(next, 0);
-#pragma unroll 1
-  for (int index = 0; index < tiles; ++index) {
-    float dq[kDqRegisters];
-#pragma unroll
-    for (int i = 0; i < kDqRegisters; ++i) dq[i] = next[i];
-    if (index + 1 < tiles) load(next, index + 1);
-    const SharedAddress staged = shared.keys() + (2 * consumer + index % 2) * kDqTileBytes;
-    if (storer) arch::copy_to_global_wait_read<1>();  // the tile before the last one has left
-    arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
-    tile::stage_slab_by_matrix<Element, tile::kWarpgroupRows>(staged, warp_in_group * tile::kSlabRows, dq, factor, keep);
-    arch::fence_async_proxy();
-    arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
-    if (storer) {
-      arch::copy_box_to_global(params.dq, staged, column, index % num_blocks * kBlockM + row, first_head + index / num_blocks,
-                               batch);
-      arch::copy_to_global_commit();
-    }
-  }
-  if (storer) arch::copy_to_global_wait_read();
 }
 
 // What softcap, dropout and ALiBi compute leaves fewer registers: per-query values are then loaded late, and scores become
@@ -354,10 +296,6 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
                                c * tile::kChunkColumns, done.block * kBlockN + group_key, done.head, done.batch);
     arch::copy_to_global_commit();
     arch::copy_to_global_wait_read();
-  }
-  if constexpr (Config::converts_dq) {
-    arch::named_barrier_sync(kLastBarrier, kConsumerThreads + kWarpSize);  // dk and dv have left, too
-    if (arch::load_shared_int(shared.last)) convert_dq(params, shared, done.head, done.batch, consumer);
   }
 }
 

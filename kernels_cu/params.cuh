@@ -77,16 +77,15 @@ struct BackwardParams {
   float* dq_accum;    // (batch, num_heads, padded_seqlen_q, Config::head_dim) in fragment order
   float* dsinks;      // (num_heads,), or null
   int* dq_turn;       // (batch, num_heads, num_m_blocks): whose turn it is to add to a dq tile; deterministic only
-  int* dq_arrivals;   // (batch, num_kv_heads): key blocks that have added all they had to dq
   int padded_seqlen_q;
   Shape shape;
   Score score;
   DropoutKey dropout;
 };
 
-// The preparation and the conversion of dq take the `common` part alone. `dq` is empty where the conversion is a kernel of its own.
+// The preparation and the conversion of dq take the `common` part alone.
 struct BackwardSm90Params {
-  TensorMap q, k, v, dout, dq, dk, dv;
+  TensorMap q, k, v, dout, dk, dv;
   BackwardParams common;
 };
 

@@ -64,7 +64,7 @@ FORWARD_PARAMS = np.dtype([*((name, ROWS) for name in ("q", "k", "v", "out")), (
 BACKWARD_PARAMS = np.dtype(
     [
         *((name, ROWS) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        *((name, POINTER) for name in ("lse", "dlse", "row_lse", "row_delta", "dq_accum", "dsinks", "dq_turn", "dq_arrivals")),
+        *((name, POINTER) for name in ("lse", "dlse", "row_lse", "row_delta", "dq_accum", "dsinks", "dq_turn")),
         ("padded_seqlen_q", np.int32),
         *_COMMON,
     ],
@@ -79,7 +79,7 @@ FORWARD_SM90_PARAMS = np.dtype(
 )
 BACKWARD_SM90_PARAMS = np.dtype(
     [
-        *((name, TENSOR_MAP) for name in ("q", "k", "v", "dout", "dq", "dk", "dv")),
+        *((name, TENSOR_MAP) for name in ("q", "k", "v", "dout", "dk", "dv")),
         ("common", BACKWARD_PARAMS),
         ("padding", np.dtype(("V", -BACKWARD_PARAMS.itemsize % tensor_map.ALIGNMENT))),
     ],

@@ -202,8 +202,6 @@ DEVICE void reduce_add(float* address, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 DEVICE int fetch_add(int* address, int value) { return atomicAdd(address, value); }
-// Floats that other CTAs have written during this launch: not from L1.
-DEVICE float4 load_fresh(const float* address) { return __ldcg(reinterpret_cast<const float4*>(address)); }
 // Waits until *turn is `expected`, then orders every later access of this thread behind the writes that the previous owner published.
 DEVICE void wait_for_turn(const int* turn, int expected) {
   int seen;

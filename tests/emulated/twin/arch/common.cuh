@@ -208,11 +208,6 @@ DEVICE int fetch_add(int* address, int value, Where where = {}) {
   twin::write_global(address, &sum, sizeof sum, where);
   return old;
 }
-DEVICE float4 load_fresh(const float* address, Where where = {}) {
-  float4 value;
-  twin::read_global(address, &value, sizeof value, where);
-  return value;
-}
 DEVICE void wait_for_turn(const int* turn, int expected, Where where = {}) { twin::wait_until_equal(turn, expected, where); }
 DEVICE void pass_turn(int* turn, int next, Where where = {}) { twin::write_global(turn, &next, sizeof next, where); }
 DEVICE void memory_fence() {}
