@@ -36,7 +36,6 @@ constexpr int kStatisticBytes = kBlockM * static_cast<int>(sizeof(float));
 constexpr int kStatisticSpace = 1024;  // tiles start at multiples of it
 constexpr int kQueryBytes = tile::tile_bytes(kBlockM, Config::head_dim), kDoutBytes = tile::tile_bytes(kBlockM, Config::head_dim_v);
 constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueBytes = tile::tile_bytes(kBlockN, Config::head_dim_v);
-using KeysAndValues = tile::Pipeline<1, kKeyBytes + kValueBytes>;
 using Queries = tile::Pipeline<2, kQueryBytes + kStatisticSpace, kQueryBytes + kStatisticBytes>;
 using Douts = tile::Pipeline<2, kDoutBytes + kStatisticSpace, kDoutBytes + kStatisticBytes>;
 constexpr int kDsBytes = Config::with_dq ? tile::tile_bytes(kBlockM, kBlockN) : 0;
@@ -45,23 +44,21 @@ constexpr int kDqBytes = Config::with_dq ? kConsumers * kDqHalf * static_cast<in
 constexpr int kDqRegisters = kDqHalf / arch::kWarpgroupSize;
 
 struct Shared {
-  KeysAndValues kv;
+  SharedAddress keys, values;
   Queries q;
   Douts dout;
   SharedAddress ds, dq;
 
   DEVICE Shared() {
-    kv.data = arch::shared_base();
-    q.data = kv.data + KeysAndValues::kBytes;
+    keys = arch::shared_base();
+    values = keys + kKeyBytes;
+    q.data = values + kValueBytes;
     dout.data = q.data + Queries::kBytes;
     ds = dout.data + Douts::kBytes;
     dq = ds + 2 * kDsBytes;
-    kv.barriers = dq + kDqBytes;
-    q.barriers = kv.barriers + KeysAndValues::kBarriersBytes;
+    q.barriers = dq + kDqBytes;
     dout.barriers = q.barriers + Queries::kBarriersBytes;
   }
-  DEVICE SharedAddress keys() const { return kv.data; }
-  DEVICE SharedAddress values() const { return kv.data + kKeyBytes; }
   DEVICE SharedAddress row_lse(uint32 use) const { return q.stage(use) + kQueryBytes; }
   DEVICE SharedAddress row_delta(uint32 use) const { return dout.stage(use) + kDoutBytes; }
   DEVICE SharedAddress ds_stage(uint32 use) const { return ds + use % 2 * kDsBytes; }
@@ -78,20 +75,21 @@ using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
 DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
   const Work work(common.shape);
-  if (work.first.head == work.end_head) return;
-  const SharedAddress kv_barrier = shared.kv.begin_fill(0);
-  tile::copy_tile<kBlockN, Config::head_dim>(shared.keys(), params.k, kv_barrier, work.n_block * kBlockN, work.kv_head, work.batch);
-  tile::copy_tile<kBlockN, Config::head_dim_v>(shared.values(), params.v, kv_barrier, work.n_block * kBlockN, work.kv_head,
-                                               work.batch);
   uint32 use = 0;
 #pragma unroll 1
   for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
     const int row = here.block * kBlockM;
     const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
-    const SharedAddress q_barrier = shared.q.begin_fill(use);
+    // k comes with the first q, v with the first dout: each when it is first wanted.
+    const SharedAddress q_barrier = shared.q.begin_fill(use, use == 0 ? kKeyBytes : 0);
+    if (use == 0)
+      tile::copy_tile<kBlockN, Config::head_dim>(shared.keys, params.k, q_barrier, work.n_block * kBlockN, work.kv_head, work.batch);
     tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
     arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
-    const SharedAddress dout_barrier = shared.dout.begin_fill(use);
+    const SharedAddress dout_barrier = shared.dout.begin_fill(use, use == 0 ? kValueBytes : 0);
+    if (use == 0)
+      tile::copy_tile<kBlockN, Config::head_dim_v>(shared.values, params.v, dout_barrier, work.n_block * kBlockN, work.kv_head,
+                                                   work.batch);
     tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
     arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
   }
@@ -142,11 +140,8 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   float dk[Config::head_dim / 2], dv[Config::head_dim_v / 2];
   tile::clear(dk);
   tile::clear(dv);
-  if (work.first.head < work.end_head) {
-    if (Config::with_dq && warp_in_group == 0)
-      arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
-    shared.kv.wait_full(0);
-  }
+  if (Config::with_dq && warp_in_group == 0 && work.first.head < work.end_head)
+    arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
   tile::Dropped<kSize> dropped;
   const auto decide_dropped = [&](const tile::QueryCursor& there) {
     if constexpr (Config::dropout) {
@@ -169,9 +164,9 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
 
     shared.q.wait_full(use);
     row_lse.load_ahead();  // now: such loads starve beside a product of 64 columns
-    tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.keys(), group_key, shared.q.stage(use));
+    tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.keys, group_key, shared.q.stage(use));
     shared.dout.wait_full(use);
-    tile::start_transposed<Element, Config::head_dim_v, kBlockN, kBlockM>(gradients, shared.values(), group_key,
+    tile::start_transposed<Element, Config::head_dim_v, kBlockN, kBlockM>(gradients, shared.values, group_key,
                                                                           shared.dout.stage(use));
 
     uint32 p[kSize / 2], ds[kSize / 2];
@@ -250,9 +245,9 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
 
       float dq[kDqRegisters];
       if constexpr (kBlockM == 64)
-        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys(), consumer);
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys, consumer);
       else
-        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys(), 0);
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys, 0);
       end_dv();
       start_dk();
       arch::product_wait<1>();
@@ -283,16 +278,16 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   const float scale_k[2] = {common.score.scale, common.score.scale};
   const float scale_v[2] = {Config::dropout ? common.dropout.scale : 1.f, Config::dropout ? common.dropout.scale : 1.f};
   const bool keep[2] = {true, true};
-  tile::stage_slab_by_matrix<Element, kBlockN>(shared.keys(), warp_key, dk, scale_k, keep);
-  tile::stage_slab_by_matrix<Element, kBlockN>(shared.values(), warp_key, dv, scale_v, keep);
+  tile::stage_slab_by_matrix<Element, kBlockN>(shared.keys, warp_key, dk, scale_k, keep);
+  tile::stage_slab_by_matrix<Element, kBlockN>(shared.values, warp_key, dv, scale_v, keep);
   arch::fence_async_proxy();
   arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
   if (warp_in_group == 0 && leader) {
     for (int c = 0; c < tile::chunks(Config::head_dim); ++c)
-      arch::copy_box_to_global(params.dk, shared.keys() + (c * kBlockN + group_key) * tile::kChunkRowBytes, c * tile::kChunkColumns,
+      arch::copy_box_to_global(params.dk, shared.keys + (c * kBlockN + group_key) * tile::kChunkRowBytes, c * tile::kChunkColumns,
                                done.block * kBlockN + group_key, done.head, done.batch);
     for (int c = 0; c < tile::chunks(Config::head_dim_v); ++c)
-      arch::copy_box_to_global(params.dv, shared.values() + (c * kBlockN + group_key) * tile::kChunkRowBytes,
+      arch::copy_box_to_global(params.dv, shared.values + (c * kBlockN + group_key) * tile::kChunkRowBytes,
                                c * tile::kChunkColumns, done.block * kBlockN + group_key, done.head, done.batch);
     arch::copy_to_global_commit();
     arch::copy_to_global_wait_read();
@@ -304,7 +299,6 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
 KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
   const Shared shared;
   if (arch::thread_index() == 0) {
-    shared.kv.init(kReaders);
     shared.q.init(kReaders);
     shared.dout.init(kReaders);
     arch::fence_barrier_init();

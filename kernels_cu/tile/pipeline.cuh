@@ -27,10 +27,11 @@ struct Pipeline {
 
   DEVICE SharedAddress stage(uint32 use) const { return data + use % kStages * kStageBytes; }
 
-  // Producer: waits until the buffer is free and announces its bytes. Returns the barrier for the copies.
-  DEVICE SharedAddress begin_fill(uint32 use) const {
+  // Producer: waits until the buffer is free and announces its bytes, and those of other copies that are waited for with it.
+  // Returns the barrier for the copies.
+  DEVICE SharedAddress begin_fill(uint32 use, int other_bytes = 0) const {
     arch::barrier_wait(empty(use % kStages), (use / kStages & 1) ^ 1);
-    arch::barrier_arrive_expecting(full(use % kStages), kFillBytes);
+    arch::barrier_arrive_expecting(full(use % kStages), kFillBytes + other_bytes);
     return full(use % kStages);
   }
   // Consumer: waits until the buffer has been filled.

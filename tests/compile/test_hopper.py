@@ -27,7 +27,7 @@ EXPONENTIALS_BEFORE_WAIT = {
     (64, 64, None, None, True): (18, 18),
     (128, 128, None, None, True): (18, 18),
     (192, 128, None, None, True): (18, 18),
-    (192, 192, None, None, True): (14, 14),
+    (192, 192, None, None, True): (16, 16),
     (256, 256, None, True, True): (None, 6),
     (256, 256, 1024, None, True): (6, None),
     (256, 256, None, None, True): (12, None),

@@ -69,8 +69,8 @@ def products(loop: list[str]) -> list[str]:
 
 # Added to the main kernel: what the plan reserves is what the kernel lays out.
 LAYOUT = """
-static_assert(KeysAndValues::kBytes + Queries::kBytes + Douts::kBytes + 2 * kDsBytes + kDqBytes +
-              KeysAndValues::kBarriersBytes + Queries::kBarriersBytes + Douts::kBarriersBytes == {shared_bytes});
+static_assert(kKeyBytes + kValueBytes + Queries::kBytes + Douts::kBytes + 2 * kDsBytes + kDqBytes +
+              Queries::kBarriersBytes + Douts::kBarriersBytes == {shared_bytes});
 static_assert(kBlockM == {block_m} && kBlockN == {block_n} && kThreads == {threads});
 """
 

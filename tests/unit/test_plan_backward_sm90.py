@@ -88,7 +88,7 @@ def test_shared_memory_is_what_the_kernel_lays_out(row):
     key_and_value = 2 * 128 * row.head_dim * 2
     query_stages = 2 * (row.block_m * row.head_dim * 2 + 1024)  # statistics take a step in which tiles may start
     ds, dq = 2 * row.block_m * 128 * 2, row.block_m * row.head_dim * 4
-    barriers = 8 * 2 * (1 + 2 + 2)
+    barriers = 8 * 2 * (2 + 2)
     sizes, without = (row.head_dim, row.head_dim), key_and_value + 2 * query_stages + barriers
     assert replace(row, split=True).shared_bytes(*sizes) == without
     assert row.shared_bytes(*sizes) == without + ds + dq <= SHARED
