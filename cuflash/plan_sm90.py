@@ -38,12 +38,10 @@ from cuflash.tiles_sm90 import (
 def hopper_obstacle(problem: Problem, device: DeviceInfo) -> str | None:
     """Why no Hopper kernel can run a problem; None where the forward can.
 
-    The copy engine takes addresses and strides of multiples of 16 bytes, and reads rows that are absent by key padding.
+    The copy engine takes addresses and strides of multiples of 16 bytes.
     """
     if not device.has_wgmma:
         return f"{device.name} is {device.arch}, not sm_90a"
-    if problem.layout.used_q or problem.layout.used_k:
-        return "seqused_q and seqused_k need the portable kernels"
     for name, array in {"q": problem.q, "k": problem.k, "v": problem.v, "out": problem.out}.items():
         if array is None:
             if obstacle := _row_obstacle(name, "head_dim_v", problem.head_dim_v):
@@ -54,9 +52,14 @@ def hopper_obstacle(problem: Problem, device: DeviceInfo) -> str | None:
 
 
 def hopper_backward_obstacle(problem: Problem, device: DeviceInfo) -> str | None:
-    """Why the Hopper backward cannot run a problem; None where it can."""
+    """Why the Hopper backward cannot run a problem; None where it can.
+
+    The copy engine reads rows that are absent by key padding, and all of them are summed over.
+    """
     if obstacle := hopper_obstacle(problem, device):
         return obstacle
+    if problem.layout.used_q or problem.layout.used_k:
+        return "seqused_q and seqused_k need the portable kernels"
     for name, keyword, columns in (("dk", "head_dim", problem.head_dim), ("dv", "head_dim_v", problem.head_dim_v)):
         if obstacle := _row_obstacle(name, keyword, columns):
             return obstacle
@@ -96,6 +99,7 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "ping_pong": ("bool", tile.ping_pong),
         "lazy_rescale": ("bool", tile.lazy_rescale),
         "eighths_before_wait": ("int", tile.eighths_before_wait),
+        "used_keys": ("bool", layout.used_k),
     }
     spec = kernel_spec("forward_sm90", config, device.arch)
     tiles = num_blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch

@@ -137,7 +137,23 @@ struct Turns {
   }
 };
 
+constexpr int kClearBarrier = 4;  // no row of values that any warpgroup reads is one of an absent key
 constexpr int kStoreBarrier = 8;  // + consumer: the output of a warpgroup is staged
+
+// Values of absent keys meet probabilities of 0, which do not make zeros of NaN: this does, in the one block that has keys both
+// used and absent. All warpgroups share the work, also those that let the block pass by, and wait for each other, so that no
+// product reads a row before its zeros; between their turns, or they would wait for a turn that nobody passes on.
+DEVICE void clear_absent_values(const Shared& shared, uint32 use, int n_block, int used, int allocated) {
+  if constexpr (Config::used_keys) {
+    const int begin = used - n_block * kBlockN, end = min(allocated - n_block * kBlockN, kBlockN);
+    if (begin >= end) return;
+    shared.v.wait_full(use);
+    tile::clear_rows<kBlockN, Config::head_dim_v, kConsumers * arch::kWarpgroupSize>(shared.v.stage(use), begin, end,
+                                                                                     arch::thread_index() - arch::kWarpgroupSize);
+    arch::fence_async_proxy();
+    arch::named_barrier_sync(kClearBarrier, kConsumers * arch::kWarpgroupSize);
+  }
+}
 
 DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int consumer) {
   const Shape& shape = params.shape;
@@ -166,13 +182,14 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
     const tile::Range whole = band.template whole_blocks<tile::kWarpgroupRows, kBlockN>(first_query);
     if (blocks.begin == blocks.end) blocks = {loaded.begin, loaded.begin};
     // Lets blocks pass by that only the other warpgroups need.
-    const auto skip = [&](int num_blocks) {
+    const auto skip = [&](int num_blocks, int begin) {
 #pragma unroll 1
       for (; num_blocks > 0; --num_blocks, ++use) {
         shared.k.wait_full(use);
         shared.v.wait_full(use);
         turns.wait();
         turns.pass();
+        clear_absent_values(shared, use, begin + num_blocks - 1, sequence.seqlen_k, shape.seqlen_k);
         if (leader) shared.k.release(use);
         if (leader) shared.v.release(use);
       }
@@ -260,7 +277,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       rescale[0] = rescale[1] = 1.f;  // there is no output yet: 0 times it is not wanted either
     };
 
-    skip(loaded.end - blocks.end);
+    skip(loaded.end - blocks.end, blocks.end);
     if (blocks.begin < blocks.end) {
       shared.q.wait_full(query_use);
       int n_block = blocks.end - 1;
@@ -268,6 +285,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
         first_step(n_block, NumKeys<kHalves ? kBlockN / 2 : kBlockN>{});
       else
         first_step(n_block, NumKeys<kBlockN>{});
+      clear_absent_values(shared, use, n_block, sequence.seqlen_k, shape.seqlen_k);
       --n_block;
 #pragma unroll 1
       for (; n_block >= blocks.begin && n_block >= whole.end; --n_block) step(n_block, True{});
@@ -316,7 +334,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       }
       ++query_use;
     }
-    skip(blocks.begin - loaded.begin);
+    skip(blocks.begin - loaded.begin, loaded.begin);
   }
   if (arch::thread_index() % arch::kWarpgroupSize == 0) arch::copy_to_global_wait_read();
 }

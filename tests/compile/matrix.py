@@ -24,12 +24,13 @@ FEATURES = {
     "alibi": {"alibi": True},
     "dropout": {"dropout_p": 0.1},
     "sinks": {"sinks": True},
+    "used_keys": {"used_keys": True},
     "deterministic": {"deterministic": True},
     "negative_scale": {"softmax_scale": -0.1},
     "narrow_rows": {"narrow": True},
 }
 PLAIN: tuple[str, ...] = ()
-WITHOUT_EXTRAS = ("window_left", "causal", "sinks", "deterministic")
+WITHOUT_EXTRAS = ("window_left", "causal", "sinks", "used_keys", "deterministic")
 RICHEST = (*WITHOUT_EXTRAS, "softcap", "alibi", "dropout")
 # The heaviest forms that a portable tile row must bear, by how many extras it serves (`TileRow.extras`).
 HEAVIEST = {
@@ -70,6 +71,7 @@ def problem(
     dtype: str = "bfloat16",
     alibi: bool = False,
     sinks: bool = False,
+    used_keys: bool = False,
     narrow: bool = False,
     **keywords: object,
 ) -> Problem:
@@ -81,6 +83,8 @@ def problem(
         views["alibi_slopes"] = View.of((heads,), "float32")
     if sinks:
         views["sinks"] = View.of((heads,), "float32")
+    if used_keys:
+        views["seqused_k"] = View.of((batch,), "int32")
     return Problem.build(views, **keywords)
 
 
