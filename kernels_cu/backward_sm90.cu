@@ -124,6 +124,9 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
 // operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
 constexpr int kSize = kBlockM / 2;  // scores of a thread
 constexpr bool kAhead = !Config::softcap && !Config::dropout && !(Config::alibi && kBlockM == 128);
+// Under a mask that cuts to the right, 64 queries before the keys of the second warpgroup see none of them: it has no products of its
+// own there, only its half of dq.
+constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
 constexpr int kParts = Config::softcap ? 4 : Config::dropout ? 2 : 1, kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 
 DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int consumer) {
@@ -158,6 +161,44 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     const int query = here.block * kBlockM, key = first_key + warp_key;
     const bool cut = band.template cuts<kBlockM, kBlockN>(query, first_key);
     const float unit = modifier.unit();
+
+    const auto start_dq = [&](float(&dq)[kDqRegisters]) {
+      arch::fence_async_proxy();
+      arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS of both warpgroups is in shared memory
+      if constexpr (kBlockM == 64)
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys, consumer);
+      else
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys, 0);
+    };
+    const auto hand_over_dq = [&](const float(&dq)[kDqRegisters]) {
+      arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);
+      const SharedAddress half = shared.dq_half(consumer) + arch::thread_index() % arch::kWarpgroupSize * 16;
+#pragma unroll
+      for (int i = 0; i < kDqRegisters; i += 4)
+        arch::store_shared(half + i * 4 * arch::kWarpgroupSize, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+      arch::fence_async_proxy();
+      arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
+    };
+
+    if constexpr (kBlind) {
+      if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
+        shared.q.wait_full(use);
+        shared.dout.wait_full(use);
+        decide_dropped(here.next(work.blocks));
+        if (leader) shared.dout.release(use);
+        if constexpr (Config::with_dq) {
+          const uint32 no_ds[kSize / 2] = {};
+          tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, no_ds);
+          float dq[kDqRegisters];
+          start_dq(dq);
+          arch::product_wait<0>();
+          arch::pin(dq);
+          hand_over_dq(dq);
+        }
+        if (leader) shared.q.release(use);
+        continue;
+      }
+    }
 
     float scores[kSize], gradients[kSize];
     tile::RowValues<kSize, kAhead> row_lse(shared.row_lse(use)), row_delta(shared.row_delta(use));
@@ -240,26 +281,13 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     if constexpr (Config::with_dq) tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, ds);
     tile::start_registers<Element, Config::head_dim_v, kBlockM>(dv, p, shared.dout.stage(use));
     if constexpr (Config::with_dq) {
-      arch::fence_async_proxy();
-      arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS of both warpgroups is in shared memory
-
       float dq[kDqRegisters];
-      if constexpr (kBlockM == 64)
-        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys, consumer);
-      else
-        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys, 0);
+      start_dq(dq);
       end_dv();
       start_dk();
       arch::product_wait<1>();
       arch::pin(dq);
-
-      arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);
-      const SharedAddress half = shared.dq_half(consumer) + arch::thread_index() % arch::kWarpgroupSize * 16;
-#pragma unroll
-      for (int i = 0; i < kDqRegisters; i += 4)
-        arch::store_shared(half + i * 4 * arch::kWarpgroupSize, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
-      arch::fence_async_proxy();
-      arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
+      hand_over_dq(dq);
     } else {
       start_dk();
       arch::warp_barrier();  // all lanes have read the statistics of the buffers that the leader releases

@@ -188,7 +188,7 @@ BACKWARD_BUGS = [
     backward_bug("cut scores not masked", error=WrongAnswer,
         before="if (cut) band.template select<KeyRows>(part_scores, -arch::infinity(), part_query, key);", after=""),
     backward_bug("next step's drops decided too late", error=WrongAnswer, case=HOLES,
-        before="decide_dropped(here.next(work.blocks));", after="decide_dropped(here);"),
+        before="decide_dropped(here.next(work.blocks));  // beside", after="decide_dropped(here);  // beside"),
     backward_bug("drops unmarked", error=WrongAnswer, case=HOLES,
         before="scores[i] = dropped.mark(i, scores[i]);", after=";"),
     backward_bug("dP without holes", error=WrongAnswer, case=HOLES,
