@@ -341,9 +341,9 @@ def explain(q: Array, k: Array, v: Array, *, device: str | None = None, **keywor
 
     A Hopper GPU runs the portable kernels where its own cannot run the call:
 
-    >>> forward, _ = cuflash.explain(q, q, q, seqused_k=np.int32([1000, 7]), device="sm_90a").plans
-    >>> forward.main_entry, forward.note
-    ('forward_sm80', 'portable kernels: seqused_q and seqused_k need the portable kernels')
+    >>> forward, backward = cuflash.explain(q, q, q, seqused_k=np.int32([1000, 7]), device="sm_90a").plans
+    >>> forward.main_entry, backward.main_entry, backward.note
+    ('forward_sm90', 'backward_sm80', 'portable kernels: seqused_q and seqused_k need the portable backward')
     """
     prepared = _prepared(q, k, v, keywords)
     problem = prepared.problem

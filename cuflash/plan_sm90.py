@@ -59,7 +59,7 @@ def hopper_backward_obstacle(problem: Problem, device: DeviceInfo) -> str | None
     if obstacle := hopper_obstacle(problem, device):
         return obstacle
     if problem.layout.used_q or problem.layout.used_k:
-        return "seqused_q and seqused_k need the portable kernels"
+        return "seqused_q and seqused_k need the portable backward"
     for name, keyword, columns in (("dk", "head_dim", problem.head_dim), ("dv", "head_dim_v", problem.head_dim_v)):
         if obstacle := _row_obstacle(name, keyword, columns):
             return obstacle

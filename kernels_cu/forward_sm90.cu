@@ -137,12 +137,13 @@ struct Turns {
   }
 };
 
-constexpr int kClearBarrier = 4;  // no row of values that any warpgroup reads is one of an absent key
+constexpr int kClearBarrier = 4;  // all consumers: values of absent keys are zeros
 constexpr int kStoreBarrier = 8;  // + consumer: the output of a warpgroup is staged
 
-// Values of absent keys meet probabilities of 0, which do not make zeros of NaN: this does, in the one block that has keys both
-// used and absent. All warpgroups share the work, also those that let the block pass by, and wait for each other, so that no
-// product reads a row before its zeros; between their turns, or they would wait for a turn that nobody passes on.
+// Zeroes the values of absent keys in the one block that also has used ones: their probabilities are 0, but 0 times the NaN that
+// a caller may keep there is NaN. All warpgroups share the work, also those that let the block pass by, and wait for each other,
+// so that no product reads a row before its zeros; none of them in its turn, for which others would wait forever. Whoever gives
+// the buffer back has been at the barrier, behind everybody's fence: the next copy into it comes after these writes.
 DEVICE void clear_absent_values(const Shared& shared, uint32 use, int n_block, int used, int allocated) {
   if constexpr (Config::used_keys) {
     const int begin = used - n_block * kBlockN, end = min(allocated - n_block * kBlockN, kBlockN);

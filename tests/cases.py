@@ -102,6 +102,17 @@ def poisoned(shape: tuple[int, ...], dtype: np.dtype | str) -> np.ndarray:
     return np.full(shape, np.nan, dtype)
 
 
+def poison_unused(arrays: Arrays, poison: float = np.nan) -> None:
+    """Fills every row past a used length: rows that are absent may hold anything."""
+    for names, lengths in ((("q", "dout"), arrays.seqused_q), (("k", "v"), arrays.seqused_k)):
+        for batch, length in enumerate(() if lengths is None else lengths):
+            for name in names:
+                getattr(arrays, name)[batch, length:] = poison
+    if arrays.dlse is not None and arrays.seqused_q is not None:
+        for batch, length in enumerate(arrays.seqused_q):
+            arrays.dlse[batch, :, length:] = poison
+
+
 def _transposed(array: np.ndarray) -> np.ndarray:
     """(batch, seqlen, heads, head_dim) seen in memory that is (batch, heads, seqlen, head_dim)."""
     return np.ascontiguousarray(array.swapaxes(1, 2)).swapaxes(1, 2)

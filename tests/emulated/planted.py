@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cases import Case
+from cases import Case, poison_unused
 from cuflash.plan import KernelSpec
 from cuflash.testing import check
 from emulated import test_backward, test_forward
@@ -61,6 +61,7 @@ class Bug:
 
 def run_forward(bug: Bug, *, planted: bool) -> None:
     arrays = bug.case.arrays()
+    poison_unused(arrays)
     problem = problem_of(bug.case.problem(), arrays)
     for seed in SEEDS:
         report = check(forward(problem, arrays, bug.emulation(Schedule(seed), planted=planted)), problem, arrays)

@@ -28,6 +28,9 @@ MANY_KEYS = Case("many-keys", seqlen_q=129, seqlen_k=650, head_dim=128)
 PASSING = Case("passing", seqlen_q=580, seqlen_k=580, head_dim=64, causal=True)
 MANY_QUERIES = Case("many-queries", seqlen_q=700, seqlen_k=300, num_heads=4, num_kv_heads=4, head_dim=256)
 FEW_KEYS = Case("few-keys", seqlen_q=203, seqlen_k=203, num_heads=8, num_kv_heads=8, head_dim=128)
+# Sequences whose keys end within a block that some warpgroups need and others let pass by.
+PADDED = replace(TILES, id="padded", batch=2, seqused_q=(150, 203), seqused_k=(150, 333))
+PADDED_IN_TURN = replace(PADDED, id="padded-in-turn", head_dim=64, seqlen_q=333, seqused_q=(150, 333))
 
 forward_bug = partial(Bug, entry="forward_sm90", arch="sm_90a", case=TILES)
 
@@ -38,6 +41,8 @@ END_OF_OUTPUT = """arch::product_wait<0>();
       ++use;
     }"""
 END_OF_STEP = END_OF_OUTPUT.replace("    }", "      drop")
+CLEAR_IN_PASSING = \
+    "clear_absent_values(shared, use, begin + num_blocks - 1, sequence.seqlen_k, shape.seqlen_k);"
 
 FORWARD_BUGS = [
     forward_bug("keys released before their product has ended", error=TwinError, message=OVERWRITTEN, case=MANY_KEYS,
@@ -125,19 +130,38 @@ FORWARD_BUGS = [
         before="kConsumers == 2 ? 40 : 32", after="kConsumers == 2 ? 56 : 32"),
     forward_bug("tail of keys not masked", error=WrongAnswer, case=MANY_KEYS,
         before="modify(scores, n_block, True{});", after="modify(scores, n_block, False{});"),
-    forward_bug("queries released before the last scores", error=TwinError, message=RACE, case=MANY_QUERIES,
+    forward_bug("queries released before the last scores", error=TwinError, message=f"{OVERWRITTEN}|{RACE}",
+        case=MANY_QUERIES,
         before="(leader & (n_block == blocks.begin))) shared.q.release(query_use);\n\n",
         after="(leader & (n_block == blocks.begin + 1))) shared.q.release(query_use);\n\n"),
     forward_bug("a passing block not given back", error=TwinError, message=DEADLOCK, case=PASSING,
         before="        if (leader) shared.v.release(use);\n      }\n    };", after="      }\n    };"),
     forward_bug("a block passes out of turn", error=TwinError, message=DEADLOCK, case=PASSING,
-        before="        turns.wait();\n        turns.pass();\n        if (leader)", after="        if (leader)"),
+        before="        turns.wait();\n        turns.pass();\n        clear", after="        clear"),
     forward_bug("half of the first block too often", error=WrongAnswer, case=PASSING,
         before=".end < 2 * blocks.end)", after=".end <= 2 * blocks.end)"),
     forward_bug("probabilities of the last tile beyond the first half", error=WrongAnswer, case=PASSING,
         before="i < kKeys / 4 ? visible[i] : 0;", after="i < kKeys / 4 ? visible[i] : visible[i % (kKeys / 4)];"),
     forward_bug("output not rescaled", error=WrongAnswer,
         before="tile::scale_rows(out, rescale);", after=";"),
+    forward_bug("values of absent keys not cleared", error=WrongAnswer, case=PADDED,
+        before="if (begin >= end) return;", after="return;"),
+    forward_bug("values of absent keys cleared from the next row on", error=WrongAnswer, case=PADDED,
+        before="const int begin = used - n_block", after="const int begin = used + 1 - n_block"),
+    forward_bug("values of absent keys cleared in the first chunk only", error=WrongAnswer, case=PADDED,
+        before="for (int c = 0; c < chunks(kColumns); ++c)\n#pragma unroll 1", after="for (int c = 0; c < 1; ++c)"),
+    forward_bug("values of absent keys cleared before they arrive", error=TwinError, message=f"{ARRIVING}|{RACE}",
+        case=PADDED,
+        before="return;\n    shared.v.wait_full(use);", after="return;"),
+    forward_bug("missing proxy fence after values are cleared", error=TwinError, message=PROXY, case=PADDED,
+        before="arch::fence_async_proxy();\n    arch::named_barrier_sync(kClearBarrier",
+        after="arch::named_barrier_sync(kClearBarrier"),
+    forward_bug("missing barrier after values are cleared", error=TwinError, message=f"{RACE}|{PROXY}", case=PADDED,
+        before="arch::named_barrier_sync(kClearBarrier, kConsumers * arch::kWarpgroupSize);", after=""),
+    forward_bug("a passing warpgroup does not clear", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
+        before=CLEAR_IN_PASSING, after=""),
+    forward_bug("a passing warpgroup clears in its turn", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
+        before=f"turns.pass();\n        {CLEAR_IN_PASSING}", after=f"{CLEAR_IN_PASSING}\n        turns.pass();"),
 ]  # fmt: skip
 
 HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, causal=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import cupy
-import numpy as np
 from cases import Case
 from gpu.device_memory import DeviceCopy
 
@@ -13,17 +12,6 @@ from cuflash.testing import Arrays
 OPERANDS = ("q", "k", "v")
 FEATURES = ("alibi_slopes", "sinks", "seqused_q", "seqused_k")
 GRADIENTS = ("dq", "dk", "dv", "dsinks")
-
-
-def poison_unused(arrays: Arrays) -> None:
-    """NaN in every row past a used length: rows that are absent may hold anything."""
-    for names, lengths in ((("q", "dout"), arrays.seqused_q), (("k", "v"), arrays.seqused_k)):
-        for batch, length in enumerate(() if lengths is None else lengths):
-            for name in names:
-                getattr(arrays, name)[batch, length:] = np.nan
-    if arrays.dlse is not None and arrays.seqused_q is not None:
-        for batch, length in enumerate(arrays.seqused_q):
-            arrays.dlse[batch, :, length:] = np.nan
 
 
 def device_copies(arrays: Arrays) -> dict[str, DeviceCopy]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import cupy
 import numpy as np
 import pytest
-from cases import CASES, Case
-from gpu.calls import both_passes, device_copies, poison_unused
+from cases import CASES, Case, poison_unused
+from gpu.calls import both_passes, device_copies
 from gpu.device_memory import DeviceCopy, guarded
 
 import cuflash

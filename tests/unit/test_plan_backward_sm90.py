@@ -190,8 +190,6 @@ def test_rows_are_read_and_written_by_16_bytes():
 ALIGNMENT = "address or strides are not multiples of 16 bytes"
 NO_EMPTY = "the copy engine knows no empty arrays"
 OF_THE_FORWARD = {
-    "used keys": (problem_of(operands={"seqused_k": LENGTHS}), "seqused_q and seqused_k need the portable kernels"),
-    "used queries": (problem_of(operands={"seqused_q": LENGTHS}), "seqused_q and seqused_k need the portable kernels"),
     "address of q": (problem_of(operands={"q": strided(512_000, 512, 64, 1, pointer=8)}), f"q's {ALIGNMENT}"),
     "address of out": (problem_of(operands={"out": strided(512_000, 512, 64, 1, pointer=2)}), f"out's {ALIGNMENT}"),
     "stride of k": (problem_of(operands={"k": strided(512_004, 512, 64, 1)}), f"k's {ALIGNMENT}"),
@@ -211,6 +209,8 @@ OF_THE_FORWARD = {
 }
 ROWS_OF_60 = (BATCH, 1000, HEADS, 60)
 ITS_OWN = {
+    "used keys": (problem_of(operands={"seqused_k": LENGTHS}), "seqused_q and seqused_k need the portable backward"),
+    "used queries": (problem_of(operands={"seqused_q": LENGTHS}), "seqused_q and seqused_k need the portable backward"),
     "rows of dk": (
         problem_of(operands={name: strided(512_000, 512, 64, 1, shape=ROWS_OF_60) for name in "qk"}),
         "head_dim is 60; rows of dk are no multiples of 16 bytes",

@@ -49,8 +49,6 @@ def config_of(plan) -> dict[str, object]:
 ALIGNMENT = "address or strides are not multiples of 16 bytes"
 LENGTHS = View.of((2,), "int32")
 OBSTACLES = {
-    "used keys": (problem_of({"seqused_k": LENGTHS}), "seqused_q and seqused_k need the portable kernels"),
-    "used queries": (problem_of({"seqused_q": LENGTHS}), "seqused_q and seqused_k need the portable kernels"),
     "address": (problem_of({"q": operand(pointer=8)}), f"q's {ALIGNMENT}"),
     "odd address": (problem_of({"k": operand(pointer=2)}), f"k's {ALIGNMENT}"),
     "stride": (problem_of({"v": operand((512_004, 512, 64, 1))}), f"v's {ALIGNMENT}"),
@@ -102,12 +100,13 @@ ONE_ROW = (2, 1, 1, 64)
         problem_of(kernels="sm90"),
         problem_of(causal=True, window_size=(7, 0), softcap=1.0, dropout_p=0.5, softmax_scale=-1.0),
         problem_of({"alibi_slopes": View.of((8,), "float32"), "sinks": View.of((8,), "float32")}),
+        problem_of({"seqused_q": LENGTHS, "seqused_k": LENGTHS}, kernels="sm90"),
         problem_of({"q": operand((512_000, 64, 64_000, 1)), "out": operand()}),
         sized(1, 777, 40, 256),
         problem_of({name: operand(shape=(2, 1000, 8, 59)) for name in "qk"}),  # odd rows in steps of 64
         Problem.build({name: operand((64, 0, -3, 1), ONE_ROW) for name in "qkv"}),  # axes that are never stepped along
     ],
-    ids=["plain", "insisting", "features", "operands", "strided", "sizes", "padded", "size one"],
+    ids=["plain", "insisting", "features", "operands", "used lengths", "strided", "sizes", "padded", "size one"],
 )
 def test_hopper_runs_its_own_forward(problem):
     assert hopper_obstacle(problem, HOPPER) is None
@@ -149,7 +148,7 @@ def test_hopper_without_its_compiler_is_a_portable_device():
     assert (step.spec.entry, step.spec.arch) == ("forward_sm80", "sm_90")
 
 
-FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout", "sinks")
+FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout", "sinks", "used_keys")
 SLOPES = {"alibi_slopes": View.of((8,), "float32")}
 
 
@@ -164,6 +163,8 @@ SLOPES = {"alibi_slopes": View.of((8,), "float32")}
         ({"dropout_p": 0.5}, {"dropout"}),
         ({"operands": SLOPES}, {"alibi", "scale_first"}),
         ({"operands": {"sinks": View.of((8,), "float32")}}, {"sinks"}),
+        ({"operands": {"seqused_k": LENGTHS}}, {"used_keys"}),
+        ({"operands": {"seqused_q": LENGTHS}}, set()),
     ],
 )
 def test_features_are_compiled_in(keywords, on):
