@@ -20,9 +20,9 @@ from cuflash.tiles_sm90 import BACKWARD, BackwardRow
 
 FUSED = [row for row in BACKWARD if not row.split]
 
-# Exponentials of a step before the wait for dP, without a mask that cuts to the right and with one, and all of them, by
-# head_dim of the row. The rows were measured with this order: where a toolkit, or a change of the kernel, moves the wait,
-# measure again and record the new order here.
+# Exponentials of a step before the wait for dP, without a mask that cuts to the right and with one, and all of them,
+# by head_dim of the row. The rows were measured with this order: where a toolkit, or a change of the kernel, moves the
+# wait, measure again and record the new order here.
 RECORDED_WITH = (13, 0)  # NVRTC
 EXPONENTIALS_BEFORE_WAIT = {64: (46, 46, 64), 128: (24, 27, 32)}
 REGISTERS = 168  # a thread, before they change hands: all that 65536 allow three warpgroups
