@@ -71,6 +71,10 @@ constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads =
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
 
+// k comes with the first q; v with the first dout, when it is first wanted, or with k: with 128 queries a block that is 2 % faster
+// (8192 keys, causal), as the warpgroups begin less in step.
+constexpr bool kValuesFirst = kBlockM == 128;
+
 // One thread.
 DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
@@ -80,16 +84,19 @@ DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
   for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
     const int row = here.block * kBlockM;
     const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
-    // k comes with the first q, v with the first dout: each when it is first wanted.
-    const SharedAddress q_barrier = shared.q.begin_fill(use, use == 0 ? kKeyBytes : 0);
-    if (use == 0)
+    const auto copy_values = [&](SharedAddress barrier) {
+      tile::copy_tile<kBlockN, Config::head_dim_v>(shared.values, params.v, barrier, work.n_block * kBlockN, work.kv_head,
+                                                   work.batch);
+    };
+    const SharedAddress q_barrier = shared.q.begin_fill(use, use > 0 ? 0 : kValuesFirst ? kKeyBytes + kValueBytes : kKeyBytes);
+    if (use == 0) {
       tile::copy_tile<kBlockN, Config::head_dim>(shared.keys, params.k, q_barrier, work.n_block * kBlockN, work.kv_head, work.batch);
+      if (kValuesFirst) copy_values(q_barrier);
+    }
     tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
     arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
-    const SharedAddress dout_barrier = shared.dout.begin_fill(use, use == 0 ? kValueBytes : 0);
-    if (use == 0)
-      tile::copy_tile<kBlockN, Config::head_dim_v>(shared.values, params.v, dout_barrier, work.n_block * kBlockN, work.kv_head,
-                                                   work.batch);
+    const SharedAddress dout_barrier = shared.dout.begin_fill(use, use > 0 || kValuesFirst ? 0 : kValueBytes);
+    if (use == 0 && !kValuesFirst) copy_values(dout_barrier);
     tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
     arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
   }
