@@ -13,7 +13,8 @@ from multiprocessing import get_context
 
 from benchmarks.workloads import Cell
 from cuflash.device import DeviceInfo
-from cuflash.plan import KernelSpec, plan_backward, plan_forward
+from cuflash.plan import KernelSpec
+from cuflash.planner import plan_backward, plan_forward
 from cuflash.problem import Problem, View
 
 PLANNERS = {"fwd": plan_forward, "bwd": plan_backward}
