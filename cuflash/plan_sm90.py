@@ -116,7 +116,8 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
 def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     layout, head_dim, head_dim_v = problem.layout, problem.head_dim, problem.head_dim_v
     tile = backward_row(head_dim, head_dim_v, layout.seqlen_q, split=problem.deterministic)
-    dq_tile = queries_row(head_dim, head_dim_v) if tile.split else None
+    extras = (problem.modifiers.softcap != 0) + problem.modifiers.alibi + (problem.dropout is not None)
+    dq_tile = queries_row(head_dim, head_dim_v, extras=extras) if tile.split else None
     config = score_config(problem) | {
         "head_dim": ("int", tile.columns(head_dim)),
         "head_dim_v": ("int", tile.columns(head_dim_v)),

@@ -1,4 +1,4 @@
-"""From a problem and a device to the plan of each pass: Hopper's own kernels where they can run it, else portable ones."""
+"""From a problem and a device to the plan of each pass: Hopper's own kernels where they can run it, else others."""
 
 from __future__ import annotations
 

@@ -198,6 +198,8 @@ class QueriesRow:
     ----------
     head_dim, head_dim_v : int
         The largest that the row serves.
+    extras : int
+        How many of softcap, ALiBi and dropout the row serves at most without spilling registers.
     num_consumers : int
         Warpgroups of 64 query rows each, beside the producer.
     block_n : int
@@ -210,6 +212,7 @@ class QueriesRow:
 
     head_dim: int
     head_dim_v: int
+    extras: int
     num_consumers: int
     block_n: int
     value_stages: int
@@ -226,7 +229,7 @@ class QueriesRow:
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Dynamic shared memory: the layout at the top of backward_queries_sm90.cu.
 
-        >>> queries_row(256, 256).shared_bytes(256, 256) // 1024
+        >>> queries_row(256, 256, extras=0).shared_bytes(256, 256) // 1024
         224
         """
         q_and_dout = tile_bytes(self.block_m, head_dim) + tile_bytes(self.block_m, head_dim_v)
@@ -259,11 +262,14 @@ BACKWARD = (
     KeysRow(256, None, 64, "unmeasured: 225 KB; dk and dv of 64 keys take 128 registers each"),
 )
 QUERIES = (
-    #          D    Dv consumers n  stages of v
-    QueriesRow(64,  64,  2, 128, 2, "unmeasured: as many scores as 240 registers hold beside dP and dq"),
-    QueriesRow(128, 128, 2, 96,  2, "unmeasured: 112 keys spill with softcap, ALiBi and dropout"),
-    QueriesRow(192, 192, 2, 80,  2, "unmeasured: 216 KB; more keys ask less of shared memory for each product"),
-    QueriesRow(256, 256, 2, 64,  1, "unmeasured: 224 KB; 48 keys leave room for two stages of v"),
+    #          D    Dv extras consumers n stages of v
+    QueriesRow(64,  64,  2, 2, 128, 2, "unmeasured: as many scores as 240 registers hold beside dP and dq"),
+    QueriesRow(64,  64,  3, 2, 96,  2, "unmeasured: 128 keys spill"),
+    QueriesRow(128, 128, 3, 2, 96,  2, "unmeasured: 112 keys spill with three extras"),
+    QueriesRow(192, 192, 2, 2, 80,  2, "unmeasured: 216 KB; more keys ask less of shared memory for each product"),
+    QueriesRow(192, 192, 3, 2, 64,  2, "unmeasured: 80 keys spill"),
+    QueriesRow(256, 256, 2, 2, 64,  1, "unmeasured: 224 KB; 48 keys leave room for two stages of v"),
+    QueriesRow(256, 256, 3, 2, 48,  2, "unmeasured: 64 keys spill"),
 )
 # fmt: on
 
@@ -301,10 +307,14 @@ def backward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, split: bool) 
     )
 
 
-def queries_row(head_dim: int, head_dim_v: int) -> QueriesRow:
+def queries_row(head_dim: int, head_dim_v: int, *, extras: int) -> QueriesRow:
     """Choose the first row that serves a problem.
 
-    >>> queries_row(192, 128).block_n
+    >>> queries_row(192, 128, extras=0).block_n
     80
     """
-    return next(row for row in QUERIES if head_dim <= row.head_dim and head_dim_v <= row.head_dim_v)
+    return next(
+        row
+        for row in QUERIES
+        if head_dim <= row.head_dim and head_dim_v <= row.head_dim_v and extras <= row.extras
+    )

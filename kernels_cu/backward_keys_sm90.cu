@@ -3,7 +3,7 @@
 // warpgroup works out probabilities and dv, the other dk from these probabilities and dP.
 //
 // Shared memory:  k [64][head_dim]  v [64][head_dim_v]  |  2 x q [block_m][head_dim]  |  2 x dout [block_m][head_dim_v]
-//              |  2 x P, float32, 64 * block_m in register order  |  2 x row_lse [block_m]  |  2 x row_delta [block_m]  |  barriers
+//              |  2 x P, float32, 64 * block_m in register order  |  2 x row_lse [block_m]  2 x row_delta [block_m]  |  barriers
 // dk and dv are staged where k and v were.
 //
 // Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the registers as left operands of dV = P^T dO and
@@ -34,7 +34,8 @@ constexpr int kWarps = arch::kWarpgroupSize / kWarpSize;  // of each consumer
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
 constexpr int kStatisticBytes = kBlockM * static_cast<int>(sizeof(float));
-constexpr int kQueryBytes = tile::tile_bytes(kBlockM, Config::head_dim), kDoutBytes = tile::tile_bytes(kBlockM, Config::head_dim_v);
+constexpr int kQueryBytes = tile::tile_bytes(kBlockM, Config::head_dim);
+constexpr int kDoutBytes = tile::tile_bytes(kBlockM, Config::head_dim_v);
 constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueBytes = tile::tile_bytes(kBlockN, Config::head_dim_v);
 constexpr int kProbabilityBytes = kBlockN * kBlockM * static_cast<int>(sizeof(float));
 using KeysAndValues = tile::Pipeline<1, kKeyBytes + kValueBytes>;

@@ -26,7 +26,8 @@ constexpr int kThreads = (kConsumers + 1) * arch::kWarpgroupSize;
 constexpr int kReaders = kConsumers * arch::kWarpgroupSize / kWarpSize;
 constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32, kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
-constexpr int kQueryBytes = tile::tile_bytes(kBlockM, Config::head_dim), kDoutBytes = tile::tile_bytes(kBlockM, Config::head_dim_v);
+constexpr int kQueryBytes = tile::tile_bytes(kBlockM, Config::head_dim);
+constexpr int kDoutBytes = tile::tile_bytes(kBlockM, Config::head_dim_v);
 using QueriesAndDouts = tile::Pipeline<1, kQueryBytes + kDoutBytes>;
 using Keys = tile::Pipeline<2, tile::tile_bytes(kBlockN, Config::head_dim)>;
 using Values = tile::Pipeline<Config::value_stages, tile::tile_bytes(kBlockN, Config::head_dim_v)>;

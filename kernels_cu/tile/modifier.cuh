@@ -31,20 +31,37 @@ struct Modifier {
   // Scores of a slab whose first score is (query, key); `offset` is the column of the diagonal in row 0.
   template <class Orientation, int kSize>
   DEVICE void apply(float (&slab)[kSize], int query, int key, int offset) const {
-    scale_first(slab);
-    if constexpr (Config::softcap) {
+    if constexpr (Config::scale_first) {
+      const int diagonal = query + Orientation::lane_query() + offset - (key + Orientation::lane_key());
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) slab[i] = softcap * tanh(slab[i] * inverse_softcap);
+      for (int i = 0; i < kSize; ++i) {
+        slab[i] *= scale;
+        if constexpr (Config::softcap) slab[i] = softcap * tanh(slab[i] * inverse_softcap);
+        if constexpr (Config::alibi) {
+          const int distance = diagonal + Orientation::query(i) - Orientation::key(i);
+          slab[i] = arch::multiply_add(-slope, static_cast<float>(abs(distance)), slab[i]);
+        }
+      }
     }
-    shift<Orientation>(slab, query, key, offset);
   }
 
+  // The steps of `apply` by themselves: scaling, the cap with its derivative, and what leaves the derivative as it is.
   template <int kSize>
   DEVICE void scale_first(float (&slab)[kSize]) const {
     if constexpr (Config::scale_first) multiply(slab, scale);
   }
-
-  // What leaves the derivative as it is. Distances are exact in float32 up to 2^24, and need no conversion of each.
+  // Scales, too. The derivative is with respect to scale * q.k.
+  template <int kSize>
+  DEVICE void cap(float (&slab)[kSize], float (&gradients)[kSize]) const {
+    const float factor = scale * inverse_softcap;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const float capped = tanh(slab[i] * factor);
+      gradients[i] *= arch::multiply_add(-capped, capped, 1.f);
+      slab[i] = softcap * capped;
+    }
+  }
+  // Distances in float32 are exact up to 2^24 and need no conversion of each score's, which exp2's pipe would do.
   template <class Orientation, int kSize>
   DEVICE void shift(float (&slab)[kSize], int query, int key, int offset) const {
     if constexpr (Config::alibi) {
@@ -54,18 +71,6 @@ struct Modifier {
         const float distance = diagonal + static_cast<float>(Orientation::query(i) - Orientation::key(i));
         slab[i] = arch::multiply_add(-slope, arch::absolute(distance), slab[i]);
       }
-    }
-  }
-
-  // Caps products q.k, and multiplies gradients by the derivative of the capped scores with respect to scale * q.k.
-  template <int kSize>
-  DEVICE void cap(float (&slab)[kSize], float (&gradients)[kSize]) const {
-    const float factor = scale * inverse_softcap;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float capped = tanh(slab[i] * factor);
-      gradients[i] *= arch::multiply_add(-capped, capped, 1.f);
-      slab[i] = softcap * capped;
     }
   }
 

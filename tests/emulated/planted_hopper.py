@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from cases import Case
-from emulated.planted import Bug, NotRepeatable, WrongAnswer
+from emulated.planted import Bug, WrongAnswer
 from emulated.twin import TwinError
 
 PROXY = "missing proxy fence"
@@ -142,12 +142,14 @@ FORWARD_BUGS = [
 
 HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, causal=True)
 ROWS = replace(HALVES, id="rows", seqlen_q=333, head_dim=64)
+HOLES = replace(HALVES, id="holes", dropout_p=0.3)
+CAPPED = replace(HALVES, id="capped", softcap=1.0)
 
 backward_bug = partial(Bug, entry="backward_sm90", arch="sm_90a", case=HALVES)
 
 BACKWARD_BUGS = [
     backward_bug("missing proxy fence before dS is read", error=TwinError, message=PROXY,
-        before="arch::fence_async_proxy();\n    arch::named_barrier_sync(kDsBarrier",
+        before="arch::fence_async_proxy();\n      arch::named_barrier_sync(kDsBarrier",
         after="arch::named_barrier_sync(kDsBarrier"),
     backward_bug("missing barrier between the warpgroups' dS", error=TwinError, message=RACE,
         before="arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS", after="// the dS"),
@@ -166,14 +168,14 @@ BACKWARD_BUGS = [
         before="kQueryBytes + kStatisticSpace, kQueryBytes + kStatisticBytes>",
         after="kQueryBytes + kStatisticSpace, kQueryBytes>"),
     backward_bug("missing proxy fence before dq leaves", error=TwinError, message=PROXY,
-        before="arch::fence_async_proxy();\n    arch::named_barrier_arrive(kDqFullBarrier",
+        before="arch::fence_async_proxy();\n      arch::named_barrier_arrive(kDqFullBarrier",
         after="arch::named_barrier_arrive(kDqFullBarrier"),
     backward_bug("dq overwritten before it has left", error=TwinError, message=OVERWRITTEN,
         before="if (leader) arch::copy_to_global_wait_read<1>();", after=""),
     backward_bug("missing barrier before dq is written", error=TwinError, message=RACE,
         before="arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);", after=""),
     backward_bug("nobody says that dq is empty", error=TwinError, message=DEADLOCK,
-        before="if (warp_in_group == 0) arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);", after=""),
+        before="arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead", after=";"),
     backward_bug("halves of dq swapped", error=TwinError, message=RACE,
         before="shared.dq_half(consumer), kDqHalf * 4", after="shared.dq_half(1 - consumer), kDqHalf * 4"),
     backward_bug("both halves of dq from the same columns", error=WrongAnswer,
@@ -183,14 +185,30 @@ BACKWARD_BUGS = [
     backward_bug("dk staged while k is read", error=TwinError, message=OVERWRITTEN,
         before="arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v", after="// k and v"),
     backward_bug("cut scores not masked", error=WrongAnswer,
-        before="if (cut) band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=""),
+        before="if (cut) band.template select<KeyRows>(part_scores, -arch::infinity(), part_query, key);", after=""),
+    backward_bug("next step's drops decided too late", error=WrongAnswer, case=HOLES,
+        before="decide_dropped(here.next(work.blocks));", after="decide_dropped(here);"),
+    backward_bug("drops unmarked", error=WrongAnswer, case=HOLES,
+        before="scores[i] = dropped.mark(i, scores[i]);", after=";"),
+    backward_bug("dP without holes", error=WrongAnswer, case=HOLES,
+        before="is_dropped ? 0.f : gradients[i], common", after="gradients[i], common"),
+    backward_bug("dS of marked probabilities", error=WrongAnswer, case=HOLES,
+        before="arch::absolute(scores[i])", after="scores[i]"),
+    backward_bug("slope of the cap left out", error=WrongAnswer, case=CAPPED,
+        before="gradients[i] *= arch::multiply_add(-capped, capped, 1.f);", after=""),
+    backward_bug("capped dP read while its product runs", error=TwinError, message=UNDER_WAY, case=CAPPED,
+        before="arch::product_wait<0>();\n      arch::pin(scores);", after="arch::product_wait<1>();\n      arch::pin(scores);"),
+    backward_bug("mask of the first part for all", error=WrongAnswer, case=CAPPED,
+        before="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
+        after="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query, key);"),
 ]  # fmt: skip
 
 # dq alone: two warpgroups of queries, as many blocks of keys as it takes to come back to a buffer.
 ALONE = Case("alone", seqlen_q=203, seqlen_k=450, num_kv_heads=1, head_dim=256)
 ALONE_CUT = Case("alone-cut", seqlen_q=203, seqlen_k=203, head_dim=128, causal=True, deterministic=True)
-HOLES = Case("holes", seqlen_q=203, seqlen_k=203, head_dim=192, dropout_p=0.3)
-CAPPED = Case("capped", seqlen_q=203, seqlen_k=203, head_dim=192, softcap=1.5)
+WIDE_HOLES = Case("wide-holes", seqlen_q=203, seqlen_k=203, head_dim=192, dropout_p=0.3)
+WIDE_CAPPED = Case("wide-capped", seqlen_q=203, seqlen_k=203, head_dim=192, softcap=1.5)
+CUT = replace(WIDE_HOLES, id="cut", dropout_p=0.0, causal=True)
 queries_bug = partial(Bug, entry="backward_queries_sm90", arch="sm_90a", case=ALONE)
 
 QUERIES_BUGS = [
@@ -209,7 +227,8 @@ QUERIES_BUGS = [
     queries_bug("missing wait for the values of dq", error=TwinError, message=f"{RACE}|{ARRIVING}",
         before="    shared.v.wait_full(use);\n", after=""),
     queries_bug("dout not announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
-        before="tile::Pipeline<1, kQueryBytes + kDoutBytes>", after="tile::Pipeline<1, kQueryBytes + kDoutBytes, kQueryBytes>"),
+        before="tile::Pipeline<1, kQueryBytes + kDoutBytes>",
+        after="tile::Pipeline<1, kQueryBytes + kDoutBytes, kQueryBytes>"),
     queries_bug("one reader of keys too few counted", error=TwinError,
         before="shared.k.init(kReaders);", after="shared.k.init(kReaders - 1);"),
     queries_bug("missing proxy fence before dq is stored", error=TwinError, message=PROXY,
@@ -217,14 +236,15 @@ QUERIES_BUGS = [
     queries_bug("warpgroups store the same rows of dq", error=TwinError, message=f"{PROXY}|{RACE}",
         before="shared.queries() + (c * kBlockM + group_row)", after="shared.queries() + (c * kBlockM)"),
     queries_bug("wrong stride between chunks of dq", error=(TwinError, WrongAnswer),
-        before="(c * kBlockM + group_row) * tile::kChunkRowBytes", after="(c * kBlockM / 2 + group_row) * tile::kChunkRowBytes"),
+        before="(c * kBlockM + group_row) * tile::kChunkRowBytes",
+        after="(c * kBlockM / 2 + group_row) * tile::kChunkRowBytes"),
     queries_bug("delta of the thread's other row", error=WrongAnswer,
         before="(gradients[i] - delta[i / 2 % 2])", after="(gradients[i] - delta[1 - i / 2 % 2])"),
     queries_bug("cut dS of dq not masked", error=WrongAnswer, case=ALONE_CUT,
         before="band.template select<QueryRows>(gradients, 0.f, query, key);", after=";"),
-    queries_bug("dP of dq without holes", error=WrongAnswer, case=HOLES,
+    queries_bug("dP of dq without holes", error=WrongAnswer, case=WIDE_HOLES,
         before="keep ? gradients[i] * common.dropout.scale : 0.f", after="gradients[i] * common.dropout.scale"),
-    queries_bug("softcap of dq without its derivative", error=WrongAnswer, case=CAPPED,
+    queries_bug("softcap of dq without its derivative", error=WrongAnswer, case=WIDE_CAPPED,
         before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
 ]  # fmt: skip
 
@@ -234,7 +254,8 @@ PRODUCER_FILLS_Q = """    const SharedAddress q_barrier = shared.q.begin_fill(us
     arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
 """
 PRODUCER_FILLS_DOUT = """    const SharedAddress dout_barrier = shared.dout.begin_fill(use);
-    tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
+    tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, \
+work.batch);
     arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
 """
 
@@ -272,15 +293,15 @@ KEYS_BUGS = [
         before="work, kStoreBarrier + 1);", after="work, kStoreBarrier);"),
     keys_bug("wrong stride between chunks of dk and dv", error=WrongAnswer,
         before="tile + c * kBlockN * tile::kChunkRowBytes", after="tile + c * kBlockN / 2 * tile::kChunkRowBytes"),
-    keys_bug("dv with dropped probabilities", error=WrongAnswer, case=HOLES,
+    keys_bug("dv with dropped probabilities", error=WrongAnswer, case=WIDE_HOLES,
         before="arch::pack_relu<Element>(scores[i], scores[i + 1])",
         after="arch::pack<Element>(arch::absolute(scores[i]), arch::absolute(scores[i + 1]))"),
-    keys_bug("dP of dk without holes", error=WrongAnswer, case=HOLES,
+    keys_bug("dP of dk without holes", error=WrongAnswer, case=WIDE_HOLES,
         before="dp = p[j] < 0.f ? 0.f : dp * common.dropout.scale", after="dp = dp * common.dropout.scale"),
-    keys_bug("dropped probabilities negative in dk", error=WrongAnswer, case=HOLES,
+    keys_bug("dropped probabilities negative in dk", error=WrongAnswer, case=WIDE_HOLES,
         before="(Config::dropout ? arch::absolute(p[j]) : p[j])", after="p[j]"),
-    keys_bug("softcap of dk without its derivative", error=WrongAnswer, case=CAPPED,
+    keys_bug("softcap of dk without its derivative", error=WrongAnswer, case=WIDE_CAPPED,
         before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
-    keys_bug("cut scores of dk and dv not masked", error=WrongAnswer, case=replace(CAPPED, id="cut", softcap=0.0, causal=True),
+    keys_bug("cut scores of dk and dv not masked", error=WrongAnswer, case=CUT,
         before="      band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=";"),
 ]  # fmt: skip

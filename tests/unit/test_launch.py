@@ -317,7 +317,8 @@ def test_hopper_backward_passes_maps_to_its_main_kernel_alone(driver):  # noqa: 
 
 def test_maps_are_as_aligned_as_the_driver_and_the_compiler_want_them(driver):  # noqa: F811
     """A kernel reads them at multiples of 64 bytes of its parameters, which begin at such a multiple."""
-    for params in (launch.FORWARD_SM90_PARAMS, launch.BACKWARD_SM90_PARAMS):
+    structs = launch.FORWARD_SM90_PARAMS, launch.BACKWARD_SM90_PARAMS, launch.BACKWARD_QUERIES_SM90_PARAMS
+    for params in structs:
         offsets = [offset for dtype, offset, *_ in params.fields.values() if dtype == launch.TENSOR_MAP]
         assert len(offsets) >= 4
         assert {offset % launch.tensor_map.ALIGNMENT for offset in offsets} == {0}

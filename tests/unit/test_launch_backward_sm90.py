@@ -61,7 +61,7 @@ def maps_of(launched) -> dict[str, tuple[int, int]]:
 
 def test_main_kernel_takes_the_whole_struct_and_the_others_its_common_part(driver):  # noqa: F811
     extra = {"sinks": array(HEADS, dtype="float32"), "dsinks": array(HEADS, dtype="float32")}
-    plan, launched = launched_by(driver, views_of(**extra), deterministic=True)
+    plan, launched = launched_by(driver, views_of(**extra))
     assert list(launched) == ["backward_prepare", "backward_sm90", "backward_finish", "backward_sinks"]
     assert launch.BACKWARD_SM90_PARAMS.fields["common"][1] == COMMON_OFFSET
     whole = launched["backward_sm90"].parameters
@@ -126,7 +126,7 @@ def test_maps_have_boxes_of_what_a_warpgroup_or_a_block_moves(driver, head_dim, 
 
 
 def test_workspace_is_parted_without_overlap(driver):  # noqa: F811
-    plan = plan_of(views_of(), deterministic=True)
+    plan = plan_of(views_of())
     prepared = launch.Launch(plan, 0)
     prepared(views_of(), WORKSPACE, None, stream=0)
     params = common_of(driver.launched[0])
@@ -171,6 +171,23 @@ def test_strided_gradients_are_addressed_by_their_strides(driver, monkeypatch): 
     assert encoded[views["dout"].pointer] == ([64, SEQLEN_Q, HEADS, BATCH], [128, SEQLEN_Q * 128, 2 * strides[0]])
     assert encoded[views["dk"].pointer][0] == [64, SEQLEN_K, KV_HEADS, BATCH]
     assert common_of(launched["backward_finish"])["dout"].item()[1:] == strides[:3]
+
+
+def test_each_of_two_kernels_finds_its_own_maps(driver):  # noqa: F811
+    """The kernel of dq takes all, with maps of its own in front; the one of dk and dv what is behind them."""
+    views = views_of(256, 192)
+    plan, launched = launched_by(driver, views)
+    assert list(launched) == ["backward_prepare", "backward_queries_sm90", "backward_keys_sm90"]
+    whole, rest = (launched[entry].parameters for entry in list(launched)[1:])
+    assert len(whole) == launch.BACKWARD_QUERIES_SM90_PARAMS.itemsize == 5 * 128 + len(rest)
+    assert whole[5 * 128 :] == rest
+    common = rest[COMMON_OFFSET : COMMON_OFFSET + launch.BACKWARD_PARAMS.itemsize]
+    assert common == launched["backward_prepare"].parameters
+    read = np.frombuffer(whole, launch.BACKWARD_QUERIES_SM90_PARAMS)[0]
+    for step, params in zip(plan.steps[1:], (read, read["rest"]), strict=True):
+        found = {name: np.frombuffer(params[name].tobytes(), np.uint64)[:2].tolist() for name, _ in step.boxes}
+        assert found == {name: [views[name].pointer, rows] for name, rows in step.boxes}
+    assert len(driver.encoded) == 11
 
 
 def test_the_struct_has_room_for_maps_and_common_part():

@@ -16,6 +16,7 @@ from cuflash.problem import Problem, View
 from cuflash.tiles_sm90 import BACKWARD
 
 HOPPER = DeviceInfo.named("sm_90a")
+FUSED = [row for row in BACKWARD if not row.split]  # one kernel for dq, dk and dv
 SHARED = 227 * KB
 BATCH, HEADS, KV_HEADS = 2, 8, 4
 SHAPE = (BATCH, 1000, HEADS, 64)
@@ -81,25 +82,24 @@ def test_every_head_dim_up_to_128_has_steps_that_fit(head_dim):
         assert config_of(main)["block_m"] == block_m
 
 
-@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: str(row.head_dim))
+@pytest.mark.parametrize("row", FUSED, ids=lambda row: str(row.head_dim))
 def test_shared_memory_is_what_the_kernel_lays_out(row):
     """The layout at the top of backward_sm90.cu, counted by hand."""
     key_and_value = 2 * 128 * row.head_dim * 2
     query_stages = 2 * (row.block_m * row.head_dim * 2 + 1024)  # statistics take a step in which tiles may start
     ds, dq = 2 * row.block_m * 128 * 2, row.block_m * row.head_dim * 4
     barriers = 8 * 2 * (1 + 2 + 2)
-    without = key_and_value + 2 * query_stages + barriers
-    assert row.shared_bytes(with_dq=False) == without
-    assert row.shared_bytes(with_dq=True) == without + ds + dq <= SHARED
-    assert HOPPER.blocks_per_sm(row.threads, row.shared_bytes(with_dq=False), 168) == 1
+    sizes, without = (row.head_dim, row.head_dim), key_and_value + 2 * query_stages + barriers
+    assert replace(row, split=True).shared_bytes(*sizes) == without
+    assert row.shared_bytes(*sizes) == without + ds + dq <= SHARED
+    assert HOPPER.blocks_per_sm(row.threads, without, 168) == 1
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "seqlen_q", "padded", "turns"),
-    [(64, 1, 128, 1), (64, 128, 128, 1), (64, 129, 256, 2), (128, 64, 64, 1), (128, 1000, 1024, 16)],
+    ("head_dim", "seqlen_q", "padded"), [(64, 1, 128), (64, 128, 128), (64, 129, 256), (128, 64, 64), (128, 1000, 1024)]
 )
-def test_workspace(head_dim, seqlen_q, padded, turns):
-    """Float32 dq of a padded head_dim, two values per padded row and, for a repeatable sum, a turn per tile."""
+def test_workspace(head_dim, seqlen_q, padded):
+    """Float32 dq of a padded head_dim, and two values per padded row."""
     plan = plan_backward(problem_of(head_dim - 8, head_dim, seqlen_q=seqlen_q), HOPPER)
     rows = (BATCH, HEADS, padded)
     assert plan.padded_seqlen_q == padded
@@ -108,8 +108,6 @@ def test_workspace(head_dim, seqlen_q, padded, turns):
         "row_delta": (rows, "float32"),
         "dq_accum": ((*rows, head_dim), "float32"),
     }
-    repeatable = plan_backward(problem_of(head_dim - 8, head_dim, seqlen_q=seqlen_q, deterministic=True), HOPPER)
-    assert repeatable.workspace == plan.workspace | {"dq_turn": ((BATCH, HEADS, turns), "int32")}
 
 
 @pytest.mark.parametrize(("seqlen_k", "key_blocks"), [(1, 1), (128, 1), (129, 2), (4096, 32)])
@@ -139,7 +137,7 @@ def test_only_the_main_kernel_is_hopper_code():
     assert [config_of(step)["warpgroups"] for step in portable.steps] == [False] * 3
 
 
-@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: str(row.head_dim))
+@pytest.mark.parametrize("row", FUSED, ids=lambda row: str(row.head_dim))
 def test_all_steps_agree_about_the_accumulator(row):
     steps = plan_backward(problem_of(row.head_dim - 24, row.head_dim - 8), HOPPER).steps
     for name, value in {"head_dim": row.head_dim, "block_m": row.block_m}.items():
@@ -148,7 +146,7 @@ def test_all_steps_agree_about_the_accumulator(row):
     assert config_of(steps[0])["block_n"] == 128
 
 
-FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout", "deterministic")
+FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,6 @@ FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "drop
         ({"softcap": 5.0}, {"softcap", "scale_first"}),
         ({"dropout_p": 0.1}, {"dropout"}),
         ({"operands": SINKS}, set()),
-        ({"deterministic": True}, {"deterministic"}),
     ],
 )
 def test_features_are_compiled_in(keywords, on):
@@ -214,8 +211,6 @@ OF_THE_FORWARD = {
 }
 ROWS_OF_60 = (BATCH, 1000, HEADS, 60)
 ITS_OWN = {
-    "head_dim": (problem_of(136, 64), "head_dim is 136 and head_dim_v 64; its backward goes up to 128"),
-    "head_dim_v": (problem_of(64, 256), "head_dim is 64 and head_dim_v 256; its backward goes up to 128"),
     "rows of dk": (
         problem_of(operands={name: strided(512_000, 512, 64, 1, shape=ROWS_OF_60) for name in "qk"}),
         "head_dim is 60; rows of dk are no multiples of 16 bytes",
@@ -300,13 +295,13 @@ def test_aligned_dout_of_any_positive_strides_is_addressed():
         assert plan_backward(problem, HOPPER).main_entry == "backward_sm90"
 
 
-@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: str(row.head_dim))
+@pytest.mark.parametrize("row", FUSED, ids=lambda row: str(row.head_dim))
 def test_explain_shows_the_row_and_its_reason(row):
     plan = plan_backward(problem_of(row.head_dim, row.head_dim, causal=True), HOPPER)
     assert plan.tile == row
     text = plan.explain({"backward_sm90": 168})
     assert f"tile {row.block_m}x128, 2 consumer warpgroups, head_dim {row.head_dim}: {row.reason}\n" in text
-    shared = row.shared_bytes(with_dq=True)
+    shared = row.shared_bytes(row.head_dim, row.head_dim)
     line = f"backward_sm90 [sm_90a]: grid {plan.steps[1].grid}, 384 threads, {shared} B shared, 168 registers"
     assert f"{line}, 1 blocks per SM\n" in text
     assert "portable" not in text

@@ -94,6 +94,8 @@ def specs() -> list[KernelSpec]:
     views = {name: View.of((1, 100, 2, 64), "float16") for name in "qkv"} | {"sinks": View.of((2,), "float32")}
     device = DeviceInfo.named("sm_90a")
     problems = [Problem.build(views, causal=True, kernels=kernels) for kernels in ("sm90", "sm80")]
+    wide = {name: View.of((1, 100, 2, 256), "float16") for name in "qkv"}
+    problems.append(Problem.build(wide, kernels="sm90"))
     return [step.spec for problem in problems for plan in plan_passes(problem, device) for step in plan.steps]
 
 

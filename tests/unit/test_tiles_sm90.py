@@ -8,7 +8,16 @@ import pytest
 
 from cuflash.device import KB, DeviceInfo
 from cuflash.tiles import HEAD_DIM_STEP
-from cuflash.tiles_sm90 import BACKWARD, FORWARD, WARPGROUP_THREADS, backward_row, forward_row
+from cuflash.tiles_sm90 import (
+    BACKWARD,
+    FORWARD,
+    QUERIES,
+    WARPGROUP_THREADS,
+    KeysRow,
+    backward_row,
+    forward_row,
+    queries_row,
+)
 
 HEAD_DIMS = range(HEAD_DIM_STEP, 257, HEAD_DIM_STEP)
 PAIRS = list(itertools.product(HEAD_DIMS, HEAD_DIMS))
@@ -65,20 +74,78 @@ def test_row_is_reached(row):
     assert row in chosen
 
 
-@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: str(row.head_dim))
+def backward_id(row) -> str:
+    return f"{row.entry}-{row.head_dim}-{row.longest or 'any'}{'-split' * row.split}"
+
+
+@pytest.mark.parametrize("row", BACKWARD, ids=backward_id)
 def test_backward_row_is_one_that_the_kernel_can_be_compiled_for(row):
-    assert row.shared_bytes(with_dq=True) <= SHARED
-    assert (row.head_dim, row.block_m) in ((64, 128), (128, 64)), "halves of a dq tile are 64 columns or rows"
     assert row.threads == WARPGROUP_THREADS * 3
     assert row.reason[:1].isdigit() or row.reason.startswith("unmeasured: ")
+    if isinstance(row, KeysRow):
+        assert row.block_m % 16 == 0, "a product contracts 16 queries"
+        return
+    assert (row.head_dim, row.block_m) in ((64, 128), (128, 64)), "halves of a dq tile are 64 columns or rows"
+
+
+@pytest.mark.parametrize("row", QUERIES, ids=lambda row: f"{row.head_dim}x{row.head_dim_v}-{row.extras}")
+def test_row_of_dq_is_one_that_the_kernel_can_be_compiled_for(row):
+    assert row.num_consumers in (2, 3), "the kernel knows how to divide the registers among three or four warpgroups"
+    assert row.threads == WARPGROUP_THREADS * (row.num_consumers + 1)
+    assert row.block_m == 64 * row.num_consumers
+    assert row.block_n % 16 == 0, "a product contracts 16 keys"
+    assert row.value_stages in (1, 2)
+    assert row.reason[:1].isdigit() or row.reason.startswith("unmeasured: ")
+    in_registers = row.head_dim // 2 + row.block_n // 2 + row.block_n // 2 + row.block_n // 4
+    assert in_registers < {2: 240, 3: 160}[row.num_consumers], "dq, scores, dP and dS stay in registers"
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("seqlen_q", [1, 512, 1 << 29])
+def test_every_backward_has_rows_that_fit(seqlen_q, split):
+    for head_dim, head_dim_v in PAIRS:
+        row = backward_row(head_dim, head_dim_v, seqlen_q, split=split)
+        assert row.head_dim >= max(head_dim, head_dim_v)
+        assert row.split or not split
+        assert row.shared_bytes(row.columns(head_dim), row.columns(head_dim_v)) <= SHARED
+        for extras in range(4):
+            row_of_dq = queries_row(head_dim, head_dim_v, extras=extras)
+            assert row_of_dq.head_dim >= head_dim and row_of_dq.head_dim_v >= head_dim_v
+            assert row_of_dq.extras >= extras
+            assert row_of_dq.shared_bytes(head_dim, head_dim_v) <= SHARED
 
 
 @pytest.mark.parametrize(
-    ("head_dims", "found"), [((1, 64), 64), ((65, 1), 128), ((64, 128), 128), ((129, 64), None), ((64, 256), None)]
+    ("head_dims", "split", "found"),
+    [
+        ((1, 64), False, ("backward_sm90", 64, False)),
+        ((1, 64), True, ("backward_sm90", 64, True)),
+        ((65, 1), False, ("backward_sm90", 128, False)),
+        ((64, 128), True, ("backward_sm90", 128, True)),
+        ((129, 64), False, ("backward_keys_sm90", 256, True)),
+        ((64, 256), True, ("backward_keys_sm90", 256, True)),
+    ],
 )
-def test_backward_row_choice(head_dims, found):
-    row = backward_row(*head_dims)
-    assert (row and row.head_dim) == found
+def test_backward_row_choice(head_dims, split, found):
+    row = backward_row(*head_dims, 4096, split=split)
+    assert (row.entry, row.head_dim, row.split) == found
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "extras", "rows_and_keys"),
+    [
+        ((64, 64), 2, (128, 128)),
+        ((64, 64), 3, (128, 96)),
+        ((64, 65), 0, (128, 96)),
+        ((192, 128), 0, (128, 80)),
+        ((129, 1), 3, (128, 64)),
+        ((1, 256), 0, (128, 64)),
+        ((256, 256), 3, (128, 48)),
+    ],
+)
+def test_row_of_dq_choice(head_dims, extras, rows_and_keys):
+    row = queries_row(*head_dims, extras=extras)
+    assert (row.block_m, row.block_n) == rows_and_keys
 
 
 @rows
