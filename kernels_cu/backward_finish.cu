@@ -26,8 +26,7 @@ KERNEL(kThreads, 1) backward_finish(GRID_CONSTANT BackwardParams params) {
 #pragma unroll
   for (int s = 0; s < Share::kSlabs; ++s) {
     float slab[Share::kColumns / 2];
-#pragma unroll
-    for (int i = 0; i < Share::kColumns / 2; ++i) slab[i] = accumulator[Share::offset(s, i)];
+    Share::load(slab, accumulator, s);
     tile::stage_slab<Element, kBlockM>(dq_tile, Share::row() + tile::kSlabRows * s, Share::column(), slab, factor, keep);
   }
   arch::block_barrier();

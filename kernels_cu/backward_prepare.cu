@@ -12,27 +12,40 @@ using Element = Config::Element;
 constexpr int kBlockM = Config::block_m;
 constexpr int kThreads = Config::num_warps * kWarpSize;
 constexpr int kRowThreads = Config::head_dim_v >= 128 ? 16 : 8;  // threads that share a row
+constexpr int kRowStep = kThreads / kRowThreads;
+constexpr int kAtOnce = kBlockM < 4 * kRowStep ? kBlockM / kRowStep : 4;  // rows of a thread whose loads are under way together
+static_assert(kBlockM % (kAtOnce * kRowStep) == 0, "threads share the rows evenly");
 constexpr int kPieceColumns = Config::load_bytes / 2;
 constexpr int kWords = kPieceColumns == 1 ? 1 : kPieceColumns / 2;
 
-// This thread's part of the product of two rows: `columns` in all, none where the row is absent.
-DEVICE float partial_dot(const char* a, const char* b, int columns) {
-  float sum = 0.f;
+constexpr int kPieces = (Config::head_dim_v + kRowThreads * kPieceColumns - 1) / (kRowThreads * kPieceColumns);
+
+// This thread's pieces of a row: `columns` in all, none where the row is absent.
+struct Pieces {
+  uint32 words[kPieces][kWords];
+
+  DEVICE void load(const char* row, int columns) {
 #pragma unroll
-  for (int c = 0; c < Config::head_dim_v; c += kRowThreads * kPieceColumns) {
-    const int column = c + static_cast<uint32>(arch::thread_index()) % kRowThreads * kPieceColumns;
-    uint32 words_a[kWords] = {}, words_b[kWords] = {};
-    if (column < columns) {
-      arch::load_global<Config::load_bytes>(words_a, a + 2 * column);
-      arch::load_global<Config::load_bytes>(words_b, b + 2 * column);
-    }
+    for (int i = 0; i < kPieces; ++i) {
+      const int column = (i * kRowThreads + static_cast<uint32>(arch::thread_index()) % kRowThreads) * kPieceColumns;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      sum = arch::multiply_add(arch::unpack_low<Element>(words_a[w]), arch::unpack_low<Element>(words_b[w]), sum);
-      if (kPieceColumns > 1)
-        sum = arch::multiply_add(arch::unpack_high<Element>(words_a[w]), arch::unpack_high<Element>(words_b[w]), sum);
+      for (uint32& word : words[i]) word = 0;
+      if (column < columns) arch::load_global<Config::load_bytes>(words[i], row + 2 * column);
     }
   }
+};
+
+DEVICE float dot(const Pieces& a, const Pieces& b) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const uint32 word_a = a.words[i][w], word_b = b.words[i][w];
+      sum = arch::multiply_add(arch::unpack_low<Element>(word_a), arch::unpack_low<Element>(word_b), sum);
+      if (kPieceColumns > 1)
+        sum = arch::multiply_add(arch::unpack_high<Element>(word_a), arch::unpack_high<Element>(word_b), sum);
+    }
   return sum;
 }
 
@@ -48,21 +61,41 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
 
   if constexpr (Config::with_dq) tile::DqShare<Config>::clear(params, batch, head, m_block);
 
-#pragma unroll 4
-  for (int r = static_cast<uint32>(arch::thread_index()) / kRowThreads; r < kBlockM; r += kThreads / kRowThreads) {
-    const int row = first_row + r;
-    const bool present = row < sequence.seqlen_q;
-    float delta = partial_dot(out_rows.row(row), dout_rows.row(row), present ? shape.head_dim_v : 0);
+  const int thread_row = static_cast<uint32>(arch::thread_index()) / kRowThreads;
+  const bool leads = arch::thread_index() % kRowThreads == 0;
+#pragma unroll 1
+  for (int r = thread_row; r < kBlockM; r += kAtOnce * kRowStep) {
+    Pieces out[kAtOnce], dout[kAtOnce];
+    float lse[kAtOnce], dlse[kAtOnce];
 #pragma unroll
-    for (int distance = kRowThreads / 2; distance > 0; distance /= 2) delta += arch::shuffle_xor(delta, distance);
-    if (arch::thread_index() % kRowThreads == 0) {
-      const int64 source = tile::statistic_offset(shape, batch, head, shape.seqlen_q, row);
-      const float lse = present ? params.lse[source] : -arch::infinity();
-      if (present && params.dlse != nullptr) delta -= params.dlse[source];
-      const int64 destination = tile::statistic_offset(shape, batch, head, params.padded_seqlen_q, row);
-      // A row that sees no key has no probabilities: exp2(score - inf) = 0.
-      params.row_lse[destination] = lse == -arch::infinity() ? arch::infinity() : lse * kLog2E;
-      params.row_delta[destination] = delta;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = first_row + r + i * kRowStep;
+      lse[i] = -arch::infinity(), dlse[i] = 0.f;
+      if (leads && row < sequence.seqlen_q) {
+        const int64 source = tile::statistic_offset(shape, batch, head, shape.seqlen_q, row);
+        lse[i] = params.lse[source];
+        if (params.dlse != nullptr) dlse[i] = params.dlse[source];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = first_row + r + i * kRowStep;
+      const int columns = row < sequence.seqlen_q ? shape.head_dim_v : 0;
+      out[i].load(out_rows.row(row), columns);
+      dout[i].load(dout_rows.row(row), columns);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      float delta = dot(out[i], dout[i]);
+#pragma unroll
+      for (int distance = kRowThreads / 2; distance > 0; distance /= 2) delta += arch::shuffle_xor(delta, distance);
+      if (leads) {
+        const int64 destination =
+            tile::statistic_offset(shape, batch, head, params.padded_seqlen_q, first_row + r + i * kRowStep);
+        // A row that sees no key has no probabilities: exp2(score - inf) = 0.
+        params.row_lse[destination] = lse[i] == -arch::infinity() ? arch::infinity() : lse[i] * kLog2E;
+        params.row_delta[destination] = delta - dlse[i];
+      }
     }
   }
 

@@ -73,6 +73,19 @@ struct DqShare {
     return (s * (kColumns / 2) + i) * kThreads + thread;
   }
 
+  static DEVICE void load(float (&slab)[kColumns / 2], const float* accumulator, int s) {
+    if constexpr (Config::warpgroups) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(accumulator + offset(s, i));
+        slab[i] = four.x, slab[i + 1] = four.y, slab[i + 2] = four.z, slab[i + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) slab[i] = accumulator[offset(s, i)];
+    }
+  }
+
   static DEVICE void clear(const BackwardParams& params, int batch, int head, int m_block) {
     float4* floats = reinterpret_cast<float4*>(accumulator(params, batch, head, m_block)) + arch::thread_index();
 #pragma unroll

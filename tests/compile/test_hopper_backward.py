@@ -186,7 +186,7 @@ HELPERS = [
 
 @pytest.mark.parametrize(("row", "entry", "features", "dtype"), HELPERS)
 def test_kernels_around_it_know_its_accumulator(row, entry, features, dtype, tmp_path):
-    """They are compiled for the warpgroups' order of dq; the preparation clears it by 16 bytes a thread."""
+    """They are compiled for the warpgroups' order of dq; 16 bytes a thread are cleared and read at a time."""
     kernel = kernels(row, features, dtype)[entry]
     assert ("warpgroups", "bool", True) in kernel.step.spec.config
     report = checked(kernel)
@@ -194,6 +194,8 @@ def test_kernels_around_it_know_its_accumulator(row, entry, features, dtype, tmp
     floats = row.block_m * row.head_dim // kernel.step.threads
     if entry == "backward_prepare":
         assert len(re.findall(r"STG\.E\.128", sass)) == floats // 4
+    else:
+        assert len(re.findall(r"LDG\.E\.128", sass)) == floats // 4
     assert "HGMMA" not in sass
 
 

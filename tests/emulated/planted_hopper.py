@@ -175,7 +175,8 @@ BACKWARD_BUGS = [
     backward_bug("missing barrier before dq is written", error=TwinError, message=RACE,
         before="arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);", after=""),
     backward_bug("nobody says that dq is empty", error=TwinError, message=DEADLOCK,
-        before="arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead", after=";"),
+        before="arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead",
+        after=";"),
     backward_bug("halves of dq swapped", error=TwinError, message=RACE,
         before="shared.dq_half(consumer), kDqHalf * 4", after="shared.dq_half(1 - consumer), kDqHalf * 4"),
     backward_bug("both halves of dq from the same columns", error=WrongAnswer,
@@ -197,8 +198,10 @@ BACKWARD_BUGS = [
     backward_bug("slope of the cap left out", error=WrongAnswer, case=CAPPED,
         before="gradients[i] *= arch::multiply_add(-capped, capped, 1.f);", after=""),
     backward_bug("capped dP read while its product runs", error=TwinError, message=UNDER_WAY, case=CAPPED,
-        before="arch::product_wait<0>();\n      arch::pin(scores);", after="arch::product_wait<1>();\n      arch::pin(scores);"),
+        before="arch::product_wait<0>();\n      arch::pin(scores);",
+        after="arch::product_wait<1>();\n      arch::pin(scores);"),
     backward_bug("mask of the first part for all", error=WrongAnswer, case=CAPPED,
+<<<<<<< HEAD
         before="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
         after="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query, key);"),
 ]  # fmt: skip
@@ -304,4 +307,12 @@ KEYS_BUGS = [
         before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
     keys_bug("cut scores of dk and dv not masked", error=WrongAnswer, case=CUT,
         before="      band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=";"),
+=======
+        before="select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
+        after="select<KeyRows>(part_gradients, 0.f, query, key);"),
+    backward_bug("turn passed before dq has arrived", error=NotRepeatable, case=REPEATABLE,
+        before="        arch::copy_to_global_wait();\n", after=""),
+    backward_bug("turn of the store warp skipped", error=NotRepeatable, case=REPEATABLE,
+        before="if (leader) arch::wait_for_turn(turn, work.n_block);", after=""),
+>>>>>>> 0a04bc1 (Preparation and conversion of dq: all loads of a thread under way at once, 16 bytes each)
 ]  # fmt: skip
