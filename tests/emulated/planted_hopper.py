@@ -52,7 +52,7 @@ FORWARD_BUGS = [
     forward_bug("producer waits for the wrong parity", error=TwinError, message=DEADLOCK,
         before="(use / kStages & 1) ^ 1", after="(use / kStages & 1)"),
     forward_bug("consumers wait for the wrong parity", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
-        before="use / kStages & 1); }", after="use / kStages & 1 ^ 1); }"),
+        before="use / kStages & 1); }\n  // Consumer: one", after="use / kStages & 1 ^ 1); }\n  // Consumer: one"),
     forward_bug("missing wait for keys", error=TwinError, message=RACE,
         before="      shared.k.wait_full(use + 1);\n", after=""),
     forward_bug("missing wait for values", error=TwinError, message=ARRIVING,
@@ -111,8 +111,8 @@ FORWARD_BUGS = [
     forward_bug("block ends before its output has left", error=TwinError, message="leaves the kernel without a wait",
         before="  if (arch::thread_index() % arch::kWarpgroupSize == 0) arch::copy_to_global_wait_read();", after=""),
     forward_bug("slot of the tile queue given back by one lane for all", error=TwinError, message=RACE, case=FEW_KEYS,
-        before="arch::warp_barrier();\n    if (arch::lane_index() == 0) arch::barrier_arrive",
-        after="if (arch::lane_index() == 0) arch::barrier_arrive"),
+        before="arch::warp_barrier();\n    if (arch::lane_index() == 0) arch::barrier_arrive(empty",
+        after="if (arch::lane_index() == 0) arch::barrier_arrive(empty"),
     forward_bug("tile counter not reset", error=AssertionError, message="does not leave its tile counter at zero",
         before="if (drawn == num_tiles - 1) *counter = 0;", after=""),
     forward_bug("nobody starts the turns", error=TwinError, message=DEADLOCK, case=IN_TURN,
@@ -201,9 +201,8 @@ BACKWARD_BUGS = [
         before="arch::product_wait<0>();\n      arch::pin(scores);",
         after="arch::product_wait<1>();\n      arch::pin(scores);"),
     backward_bug("mask of the first part for all", error=WrongAnswer, case=CAPPED,
-<<<<<<< HEAD
-        before="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
-        after="gradients, part);\n      if (cut) band.template select<KeyRows>(part_gradients, 0.f, query, key);"),
+        before="select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
+        after="select<KeyRows>(part_gradients, 0.f, query, key);"),
 ]  # fmt: skip
 
 # dq alone: two warpgroups of queries, as many blocks of keys as it takes to come back to a buffer.
@@ -307,12 +306,4 @@ KEYS_BUGS = [
         before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
     keys_bug("cut scores of dk and dv not masked", error=WrongAnswer, case=CUT,
         before="      band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=";"),
-=======
-        before="select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
-        after="select<KeyRows>(part_gradients, 0.f, query, key);"),
-    backward_bug("turn passed before dq has arrived", error=NotRepeatable, case=REPEATABLE,
-        before="        arch::copy_to_global_wait();\n", after=""),
-    backward_bug("turn of the store warp skipped", error=NotRepeatable, case=REPEATABLE,
-        before="if (leader) arch::wait_for_turn(turn, work.n_block);", after=""),
->>>>>>> 0a04bc1 (Preparation and conversion of dq: all loads of a thread under way at once, 16 bytes each)
 ]  # fmt: skip

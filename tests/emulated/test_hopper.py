@@ -32,7 +32,6 @@ QUICK_BACKWARD = """
     length-1 length-65 length-203x113-full length-129x63-causal
     head-dim-40-40-bfloat16 head-dim-128-128-float16 head-dim-80-80-bfloat16
     heads-6-2 window-5-0-65x203 window--1-3-203x65 window-top-left-empty-tail
-<<<<<<< HEAD
     softcap-float16 dropout-float16 softcap+dropout
     alibi-float16 sinks+dlse softmax-scale-negative empty-rows-sinks deterministic strides-transposed-64
     head-dim-192-128-bfloat16 head-dim-128-192-float16 head-dim-160-160-bfloat16 head-dim-256-256-float16
@@ -44,10 +43,6 @@ QUICK_BACKWARD = """
     window--1-3-203x65-repeatable window-top-left-empty-tail-repeatable alibi-float16-repeatable
     softcap+dropout-repeatable empty-rows-sinks-repeatable head-dim-80-80-bfloat16-repeatable
     strides-transposed-64-repeatable
-=======
-    softcap-float16 dropout-float16 softcap+dropout alibi-float16 sinks+dlse
-    softmax-scale-negative empty-rows-sinks deterministic strides-transposed-64
->>>>>>> 0a04bc1 (Preparation and conversion of dq: all loads of a thread under way at once, 16 bytes each)
 """.split()
 
 # One of each row of tiles, with more tiles than blocks; the features that change the inner loop among them.
@@ -72,12 +67,7 @@ BACKWARD_ROWS = {
         "capped", seqlen_q=203, seqlen_k=203, head_dim=256, softcap=3.0, alibi="head", dropout_p=0.1
     ),
 }
-<<<<<<< HEAD
-# What the backward does to scores and dP, in every order in which it does it: with cut tiles, groups of heads, both
-# dtypes.
-=======
 # What the backward does to scores and dP, in every order in which it does it: cut tiles, groups of heads, each dtype.
->>>>>>> 0a04bc1 (Preparation and conversion of dq: all loads of a thread under way at once, 16 bytes each)
 _SCORES = {
     "dropout": {"dropout_p": 0.2},
     "softcap": {"softcap": 2.0},
