@@ -151,8 +151,9 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     arch::pin(scores);
 
     float derivative[kSize];  // of the softcap
+    modifier.cap(scores);
     if constexpr (Config::softcap) modifier.softcap_derivative(derivative, scores);
-    modifier.template apply<KeyRows>(scores, query, key, sequence.offset);
+    modifier.template shift<KeyRows>(scores, query, key, sequence.offset);
     if (band.template cuts<kBlockM, kBlockN>(query, first_key))
       band.template select<KeyRows>(scores, -arch::infinity(), query, key);
 #pragma unroll

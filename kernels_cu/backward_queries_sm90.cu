@@ -131,8 +131,9 @@ DEVICE void consume(const BackwardQueriesSm90Params& params, const Shared& share
     arch::product_wait<1>();
     arch::pin(scores);
     float derivative[kSize];  // of the softcap
+    modifier.cap(scores);
     if constexpr (Config::softcap) modifier.softcap_derivative(derivative, scores);
-    modifier.template apply<QueryRows>(scores, query, key, sequence.offset);
+    modifier.template shift<QueryRows>(scores, query, key, sequence.offset);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) scores[i] = arch::exp2(arch::multiply_add(scores[i], unit, -lse[i / 2 % 2]));
     if constexpr (Config::softcap) tile::multiply(scores, derivative);

@@ -153,8 +153,9 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
 #pragma unroll
     for (int s = 0; s < kSlabs; ++s) {
       const int key = first_key + warp_key + tile::kSlabRows * s;
+      modifier.cap(scores[s]);
       if constexpr (Config::softcap) modifier.softcap_derivative(derivative[s], scores[s]);
-      modifier.template apply<KeyRows>(scores[s], query, key, sequence.offset);
+      modifier.template shift<KeyRows>(scores[s], query, key, sequence.offset);
       if (cut) band.template select<KeyRows>(scores[s], -arch::infinity(), query, key);
       to_probabilities(scores[s], modifier.unit(), row_lse);
     }

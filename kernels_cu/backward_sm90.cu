@@ -130,11 +130,13 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
 // What softcap, dropout and ALiBi compute leaves fewer registers: per-query values are then loaded late, and scores become
 // operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
 constexpr int kSize = kBlockM / 2;  // scores of a thread
-constexpr bool kAhead = !Config::softcap && !Config::dropout && !(Config::alibi && kBlockM == 128);
+constexpr bool kAhead =
+    !Config::dropout && !((Config::softcap || Config::alibi) && kBlockM == 128) && !(Config::alibi && !Config::with_dq);
+constexpr int kParts = Config::softcap && !kAhead ? 4 : Config::dropout ? 2 : 1;
+constexpr int kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 // Under a mask that cuts to the right, 64 queries before the keys of the second warpgroup see none of them: it has no products of its
 // own there, only its half of dq.
 constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
-constexpr int kParts = Config::softcap ? 4 : Config::dropout ? 2 : 1, kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 
 DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int consumer) {
   const BackwardParams& common = params.common;
@@ -250,23 +252,22 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       if (cut) band.template select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);
       tile::to_operand<Element>(tile::part_of<kPart / 2>(ds, part), part_gradients);
     };
+    arch::product_wait<1>();
+    arch::pin(scores);
     if constexpr (Config::softcap) {
-      // The derivative of the cap goes into dP at once: it has no registers to wait in.
-      arch::product_wait<0>();
-      arch::pin(scores);
+      // Probabilities wait for dP: the derivative of the cap goes there, as it has no registers to wait in.
+      modifier.cap(scores);
+      row_delta.load_ahead();
+      arch::product_wait_here(shape.num_heads);
       arch::pin(gradients);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-        for (int i = part * kPart; i < (part + 1) * kPart; ++i) gradients[i] = centred(i);
-        modifier.cap(tile::part_of<kPart>(scores, part), tile::part_of<kPart>(gradients, part));
+        for (int i = part * kPart; i < (part + 1) * kPart; ++i) gradients[i] = centred(i) * modifier.derivative(scores[i]);
         to_probabilities(part);
         to_operands(part);
       }
     } else {
-      arch::product_wait<1>();
-      arch::pin(scores);
-      modifier.scale_first(scores);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) to_probabilities(part);
       row_delta.load_ahead();

@@ -105,7 +105,8 @@ KERNEL(kThreads, Config::min_blocks) forward_sm80(GRID_CONSTANT ForwardParams pa
 #pragma unroll
     for (int s = 0; s < kSlabs; ++s) {
       const int query = first_query + warp_query + tile::kSlabRows * s;
-      modifier.template apply<QueryRows>(scores[s], query, first_key, sequence.offset);
+      modifier.cap(scores[s]);
+      modifier.template shift<QueryRows>(scores[s], query, first_key, sequence.offset);
       if (cut) band.template select<QueryRows>(scores[s], -arch::infinity(), query, first_key);
       float rescale[2];
       tile::online_softmax(scores[s], state[s], unit, rescale);

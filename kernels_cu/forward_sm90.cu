@@ -204,7 +204,8 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
 
     // Scores of a block, or of its first keys, to what the softmax takes.
     const auto modify = [&](auto& scores, int n_block, auto cut) {
-      modifier.template apply<QueryRows>(scores, query, n_block * kBlockN, sequence.offset);
+      modifier.cap(scores);
+      modifier.template shift<QueryRows>(scores, query, n_block * kBlockN, sequence.offset);
       if constexpr (decltype(cut)::value) band.template select<QueryRows>(scores, -arch::infinity(), query, n_block * kBlockN);
     };
     const auto drop = [&](auto& scores, int n_block) {
