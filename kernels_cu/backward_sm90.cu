@@ -127,16 +127,16 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
   }
 }
 
-// What softcap, dropout and ALiBi compute leaves fewer registers: per-query values are then loaded late, and scores become
-// operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
 constexpr int kSize = kBlockM / 2;  // scores of a thread
-constexpr bool kAhead =
-    !Config::dropout && !((Config::softcap || Config::alibi) && kBlockM == 128) && !(Config::alibi && !Config::with_dq);
-constexpr int kParts = Config::softcap && !kAhead ? 4 : Config::dropout ? 2 : 1;
-constexpr int kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 // Under a mask that cuts to the right, 64 queries before the keys of the second warpgroup see none of them: it has no products of its
 // own there, only its half of dq.
 constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
+// What softcap, dropout and ALiBi compute leaves fewer registers: per-query values are then loaded late, and scores become
+// operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
+constexpr bool kAhead = !Config::dropout && !((Config::softcap || Config::alibi) && kBlockM == 128) &&
+                        !(Config::softcap && kBlind) && !(Config::alibi && !Config::with_dq);
+constexpr int kParts = Config::softcap && !kAhead ? 4 : Config::dropout ? 2 : 1;
+constexpr int kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 
 DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int consumer) {
   const BackwardParams& common = params.common;
