@@ -183,7 +183,7 @@ class KeysRow:
         k_and_v = tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, head_dim_v)
         q_and_dout = tile_bytes(self.block_m, head_dim) + tile_bytes(self.block_m, head_dim_v)
         probabilities, statistics = 4 * self.block_m * self.block_n, 2 * 4 * self.block_m
-        barriers = (2 * (1 + 2 * STAGES) + STAGES) * BARRIER_BYTES
+        barriers = 2 * (1 + 2 * STAGES) * BARRIER_BYTES
         return k_and_v + STAGES * (q_and_dout + probabilities + statistics) + barriers
 
     def describe(self) -> str:

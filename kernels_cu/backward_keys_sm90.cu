@@ -41,36 +41,36 @@ constexpr int kProbabilityBytes = kBlockN * kBlockM * static_cast<int>(sizeof(fl
 using KeysAndValues = tile::Pipeline<1, kKeyBytes + kValueBytes>;
 using Queries = tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes>;
 using Douts = tile::Pipeline<2, kDoutBytes, kDoutBytes + kStatisticBytes>;
-using Probabilities = tile::HandOver<2, kProbabilityBytes>;
 
 struct Shared {
   KeysAndValues kv;
   Queries q;
   Douts dout;
-  Probabilities p;
-  SharedAddress statistics;
+  SharedAddress p, statistics;
 
   DEVICE Shared() {
     kv.data = arch::shared_base();
     q.data = kv.data + KeysAndValues::kBytes;
     dout.data = q.data + Queries::kBytes;
-    p.data = dout.data + Douts::kBytes;
-    statistics = p.data + Probabilities::kBytes;
+    p = dout.data + Douts::kBytes;
+    statistics = p + 2 * kProbabilityBytes;
     kv.barriers = statistics + 4 * kStatisticBytes;
     q.barriers = kv.barriers + KeysAndValues::kBarriersBytes;
     dout.barriers = q.barriers + Queries::kBarriersBytes;
-    p.barriers = dout.barriers + Douts::kBarriersBytes;
   }
   DEVICE SharedAddress keys() const { return kv.data; }
   DEVICE SharedAddress values() const { return kv.data + kKeyBytes; }
   DEVICE SharedAddress row_lse(uint32 use) const { return statistics + use % 2 * kStatisticBytes; }
   DEVICE SharedAddress row_delta(uint32 use) const { return statistics + (2 + use % 2) * kStatisticBytes; }
   // A thread's elements 0 .. 3 of the probabilities; the next four are kFourBytes further.
-  DEVICE SharedAddress probabilities(uint32 use) const { return p.stage(use) + arch::thread_index() % arch::kWarpgroupSize * 16; }
+  DEVICE SharedAddress probabilities(uint32 use) const {
+    return p + use % 2 * kProbabilityBytes + arch::thread_index() % arch::kWarpgroupSize * 16;
+  }
 };
 
 constexpr int kFourBytes = 16 * arch::kWarpgroupSize;
 constexpr int kValuesReadBarrier = 1, kStoreBarrier = 2;  // + 1 for dk
+constexpr int kFullBarrier = 4, kEmptyBarrier = 6;        // of the two buffers of probabilities: + use % 2
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
 
@@ -168,10 +168,11 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     if constexpr (Config::softcap) tile::multiply(scores, derivative);
 
     const SharedAddress place = shared.probabilities(use);
+    arch::named_barrier_sync(kEmptyBarrier + use % 2, 2 * arch::kWarpgroupSize);
 #pragma unroll
     for (int i = 0; i < kSize; i += 4)
       arch::store_shared(place + i / 4 * kFourBytes, scores[i], scores[i + 1], scores[i + 2], scores[i + 3]);
-    shared.p.give(use);
+    arch::named_barrier_arrive(kFullBarrier + use % 2, 2 * arch::kWarpgroupSize);
 
     shared.dout.wait_full(use);
     tile::start_registers<Element, Config::head_dim_v, kBlockM>(dv, p, shared.dout.stage(use));  // runs on beside the next scores
@@ -195,7 +196,10 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
   float dk[Config::head_dim / 2];
   uint32 ds[kSize / 2];
   tile::clear(dk);
-  if (work.first.head < work.end_head) shared.kv.wait_full(0);
+  if (work.first.head < work.end_head) {
+    for (int buffer = 0; buffer < 2; ++buffer) arch::named_barrier_arrive(kEmptyBarrier + buffer, 2 * arch::kWarpgroupSize);
+    shared.kv.wait_full(0);
+  }
   uint32 use = 0;
 #pragma unroll 1
   for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
@@ -207,12 +211,11 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
     arch::product_wait<1>();
     arch::pin(dk);
     arch::pin(ds);
-    arch::warp_barrier();  // all lanes have read P and delta, too, of what the leader releases
     if (leader && use > 0) shared.q.release(use - 1);
     arch::product_wait<0>();
     arch::pin(gradients);
 
-    shared.p.wait_full(use);
+    arch::named_barrier_sync(kFullBarrier + use % 2, 2 * arch::kWarpgroupSize);
     const SharedAddress place = shared.probabilities(use);
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
@@ -225,6 +228,7 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
         gradients[i + j] = (Config::dropout ? arch::absolute(p[j]) : p[j]) * (dp - delta[i + j]);
       }
     }
+    arch::named_barrier_arrive(kEmptyBarrier + use % 2, 2 * arch::kWarpgroupSize);
     const int query = here.block * kBlockM;
     if (band.template cuts<kBlockM, kBlockN>(query, first_key)) band.template select<KeyRows>(gradients, 0.f, query, key);
     tile::to_operand<Element>(ds, gradients);
@@ -247,7 +251,6 @@ KERNEL(kThreads, 1) backward_keys_sm90(GRID_CONSTANT BackwardSm90Params params) 
     shared.kv.init(2 * kWarps);
     shared.q.init(kWarps);
     shared.dout.init(kWarps);
-    shared.p.init(kWarps);
     arch::fence_barrier_init();
     arch::prefetch(params.q);
     arch::prefetch(params.k);

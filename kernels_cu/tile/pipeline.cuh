@@ -44,33 +44,6 @@ struct Pipeline {
   DEVICE SharedAddress empty(uint32 stage) const { return barriers + (kStages + stage) * kBarrierBytes; }
 };
 
-// Buffers that warps of one role write, and warps of another read, with ordinary instructions. That the last contents of a buffer
-// have been read, writers must know by other means.
-template <int kStages, int kStageBytes>
-struct HandOver {
-  static constexpr int kBytes = kStages * kStageBytes;
-  static constexpr int kBarriersBytes = kStages * kBarrierBytes;
-
-  SharedAddress data;
-  SharedAddress barriers;
-
-  DEVICE void init(int writers) const {
-    for (uint32 stage = 0; stage < kStages; ++stage) arch::barrier_init(full(stage), writers);
-  }
-
-  DEVICE SharedAddress stage(uint32 use) const { return data + use % kStages * kStageBytes; }
-
-  // Writers: every warp, all lanes.
-  DEVICE void give(uint32 use) const {
-    arch::warp_barrier();
-    if (arch::lane_index() == 0) arch::barrier_arrive(full(use % kStages));
-  }
-  DEVICE void wait_full(uint32 use) const { arch::barrier_wait(full(use % kStages), use / kStages & 1); }
-
- private:
-  DEVICE SharedAddress full(uint32 stage) const { return barriers + stage * kBarrierBytes; }
-};
-
 // Which tile a persistent CTA works on next: the producer thread takes numbers from a counter in global memory and hands them to
 // the consumers through two slots of shared memory. Whoever draws the last number of a launch sets the counter back to zero.
 struct TileQueue {

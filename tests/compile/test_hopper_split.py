@@ -34,9 +34,8 @@ static_assert(QueriesAndDouts::kBytes + Keys::kBytes + Values::kBytes + QueriesA
 static_assert(kBlockM == {q} && kBlockN == {k} && kThreads == {threads});
 """,
     "backward_keys_sm90": """
-static_assert(KeysAndValues::kBytes + Queries::kBytes + Douts::kBytes + Probabilities::kBytes + 4 * kStatisticBytes +
-              KeysAndValues::kBarriersBytes + Queries::kBarriersBytes + Douts::kBarriersBytes +
-              Probabilities::kBarriersBytes == {shared_bytes});
+static_assert(KeysAndValues::kBytes + Queries::kBytes + Douts::kBytes + 2 * kProbabilityBytes + 4 * kStatisticBytes +
+              KeysAndValues::kBarriersBytes + Queries::kBarriersBytes + Douts::kBarriersBytes == {shared_bytes});
 static_assert(kBlockM == {q} && kBlockN == {k} && kThreads == {threads});
 """,
 }
