@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,20 @@ def sources_of(bug: Bug | None = None, control: Bug | None = None) -> list[tuple
     return emulation.sources(plan)
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.entry}-{bug.name}")
+SLOW = ("backward_queries_sm90", "backward_keys_sm90")  # large tiles, and many of them
+
+
+def cases(bugs: Iterable[Bug], name: Callable[[Bug], str]) -> list:
+    return [pytest.param(bug, id=name(bug), marks=pytest.mark.slow if bug.entry in SLOW else []) for bug in bugs]
+
+
+@pytest.mark.parametrize("bug", cases(BUGS, lambda bug: f"{bug.entry}-{bug.name}"))
 def test_is_caught(bug: Bug) -> None:
     with pytest.raises(bug.error, match=bug.message or None):
         run(bug, planted=True)
 
 
-@pytest.mark.parametrize("control", CONTROLS.values(), ids=lambda bug: f"{bug.case.id}-{bug.entry}-{bug.tile}")
+@pytest.mark.parametrize("control", cases(CONTROLS.values(), lambda bug: f"{bug.case.id}-{bug.entry}-{bug.tile}"))
 def test_the_same_runs_pass_without_the_bug(control: Bug) -> None:
     run(control, planted=False)
 

@@ -140,6 +140,19 @@ class TestTiming:
         clock = timing.DifferenceClock(wait, shortest_burst=0.005)
         assert clock.burst(call) == [pytest.approx(2.0)]
 
+    def test_difference_clock_does_not_pay_for_the_idle_gap(self, monkeypatch):
+        now, gap = [0.0], [0.0]
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+        def call():
+            now[0] += 0.002 + gap[0]
+            gap[0] = 0.0
+
+        clock = timing.DifferenceClock(lambda _: None, shortest_burst=0.005)
+        clock.burst(call)
+        gap[0] = 0.004  # clocks and host are slow to begin
+        assert clock.burst(call) == [pytest.approx(2.0)]
+
 
 def dense_arrays(cell: Cell) -> tuple[Problem, Arrays, dict]:
     """The same problem for the gate's reference and for the library's oracle."""
