@@ -48,14 +48,15 @@ def kernel_of(entry: str, sizes: tuple[int, int], features: tuple[str, ...], dty
     return next((kernel for kernel in steps if kernel.step.spec.entry == entry), None)
 
 
+def marks(sizes: tuple[int, int], names: tuple[str, ...], dtype: str) -> list[pytest.MarkDecorator]:
+    if sizes not in QUICK_SIZES or dtype != "bfloat16":
+        return [pytest.mark.full]
+    return [] if names in QUICK else [pytest.mark.slow]
+
+
 def cases() -> list:
     return [
-        pytest.param(
-            kernel,
-            dtype,
-            id=kernel.id,
-            marks=[] if sizes in QUICK_SIZES and names in QUICK and dtype == "bfloat16" else pytest.mark.slow,
-        )
+        pytest.param(kernel, dtype, id=kernel.id, marks=marks(sizes, names, dtype))
         for entry, sizes, names, dtype in itertools.product(LAYOUT, SIZES, FEATURES, ("bfloat16", "float16"))
         if (kernel := kernel_of(entry, sizes, names, dtype))
     ]

@@ -189,7 +189,14 @@ def test_quick_cases_exist(pass_: str, quick: list[str]) -> None:
     assert set(quick) <= {case.id for case in on_hopper(pass_)}
 
 
-@pytest.mark.parametrize("row", FORWARD_ROWS | BACKWARD_ROWS)
+# Large tiles, and every schedule of each.
+SLOW_ROWS = ("dk apart from dv", "dv apart from dk", "one stage of v", "two stages of v")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=pytest.mark.slow if row in SLOW_ROWS else []) for row in FORWARD_ROWS | BACKWARD_ROWS],
+)
 def test_same_bits_under_every_schedule(row: str) -> None:
     pass_, case = row_of(row)
     results = []

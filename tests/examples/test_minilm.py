@@ -78,6 +78,7 @@ def test_command_line(tmp_path, capsys):
     assert "decimal" in row["top_hits"].split("->")[1].lower()
 
 
+@pytest.mark.slow
 def test_weights_travel_as_float16(tmp_path, ids, weights):
     small = tmp_path / "minilm16.safetensors"
     minilm.main(["--export-float16", str(small)])
