@@ -17,9 +17,7 @@ Row = Mapping[str, str]
 
 PASS_TITLES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
 
-# Builds of one library count as one peer: the first of them that a run has. FlashAttention-3's PyTorch build, timed by
-# CUDA events, stands before its JAX build, which only the host's clock can time: in short calls that errs by several
-# percent (NOTES.md).
+# Builds of one library count as one peer: the faster of them.
 FLASH2 = {"FlashAttention-2": ("torch_flash",)}
 CUDNN = {"cuDNN": ("torch_cudnn",)}
 HOPPER_ONLY = {"FlashAttention-3": ("fa3", "fa3_jax"), "FlashAttention-4": ("fa4",)}
@@ -124,7 +122,7 @@ def compare(comparison: Comparison, runs: Runs) -> list[Compared]:
 
 def _libraries(peers: Mapping[str, Sequence[str]], times: Mapping[str, float]) -> dict[str, float]:
     there = {name: [times[build] for build in builds if build in times] for name, builds in peers.items()}
-    return {name: found[0] for name, found in there.items() if found}
+    return {name: min(found) for name, found in there.items() if found}
 
 
 def kind_of(cell: Cell) -> str:
