@@ -124,7 +124,7 @@ def _tile(problem: Problem, device: DeviceInfo, pass_: str) -> TileRow:
         scale_first(problem)
         + (problem.dropout is not None)
         + 2 * (load_bytes(problem, pass_) < WIDEST_LOAD)
-        + (problem.modifiers.softcap != 0 and pass_ == "backward")
+        + (problem.modifiers.softcap != 0)
     )
     return row_for(device.tile_family, pass_, problem.head_dim, problem.head_dim_v, extras=extras)
 

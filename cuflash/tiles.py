@@ -30,8 +30,8 @@ class TileRow:
         The largest head_dim (or head_dim_v) that the row serves.
     extras : int
         How many features that need registers in the inner loop the row serves at most without spilling them:
-        scores scaled before the softmax, dropout, narrow loads (they count twice) and, in the backward, the derivative
-        of the softcap.
+        scores scaled before the softmax, dropout, narrow loads (they count twice), and the softcap once more than as a
+        scale: its polynomial or its derivative.
     block_m, block_n : int
         Rows of q and of k that a block works on at a time.
     num_warps, min_blocks, num_stages : int
@@ -95,16 +95,18 @@ TILES = (
     TileRow("sm_90",  "forward",  192, ANY, 128, 64,  8,   1,   2,   1, "unmeasured: as at 256"),
     TileRow("sm_90",  "forward",  256, ANY, 128, 64,  8,   1,   2,   1, "H200: 1.02 to 1.10 of FA2"),
     TileRow("sm_100", "forward",  64,  ANY, 128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
-    TileRow("sm_100", "forward",  128, ANY, 128, 32,  4,   2,   2,   1, "unmeasured: 48 keys spill"),
+    TileRow("sm_100", "forward",  128, ANY, 64,  64,  4,   2,   2,   1, "unmeasured: 128 rows spill"),
     TileRow("sm_100", "forward",  192, ANY, 128, 64,  8,   1,   2,   1, "unmeasured: as on H200"),
     TileRow("sm_100", "forward",  256, ANY, 128, 64,  8,   1,   2,   1, "unmeasured: as on H200"),
     TileRow("sm_80",  "forward",  64,  0,   128, 128, 4,   2,   2,   1, "unmeasured: 2 blocks of 80 KB share an SM"),
     TileRow("sm_80",  "forward",  64,  ANY, 128, 64,  4,   2,   2,   1, "unmeasured: 128 keys spill"),
-    TileRow("sm_80",  "forward",  128, ANY, 128, 32,  4,   2,   2,   1, "unmeasured: 48 keys spill with a window"),
+    TileRow("sm_80",  "forward",  128, 1,   128, 32,  4,   2,   2,   1, "unmeasured: 48 keys spill with a window"),
+    TileRow("sm_80",  "forward",  128, ANY, 64,  64,  4,   2,   2,   1, "unmeasured: 128 rows spill"),
     TileRow("sm_80",  "forward",  192, ANY, 128, 64,  8,   1,   2,   1, "unmeasured: 144 KB, 2 stages fit"),
     TileRow("sm_80",  "forward",  256, ANY, 128, 64,  8,   1,   1,   1, "unmeasured: 128 KB, 1 stage fits"),
     TileRow("sm_86",  "forward",  64,  ANY, 128, 64,  4,   2,   2,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
-    TileRow("sm_86",  "forward",  128, ANY, 128, 32,  4,   2,   1,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
+    TileRow("sm_86",  "forward",  128, 0,   128, 32,  4,   2,   1,   1, "unmeasured: 2 blocks of 48 KB share an SM"),
+    TileRow("sm_86",  "forward",  128, ANY, 64,  64,  4,   2,   1,   1, "unmeasured: 128 rows spill"),
     TileRow("sm_86",  "forward",  192, ANY, 128, 32,  8,   1,   2,   1, "unmeasured: 96 KB, 2 stages fit"),
     TileRow("sm_86",  "forward",  256, 1,   64,  64,  4,   1,   1,   1, "unmeasured: 96 KB, 1 stage fits"),
     TileRow("sm_86",  "forward",  256, ANY, 64,  32,  4,   1,   2,   1, "unmeasured: 64 keys spill"),
