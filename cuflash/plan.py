@@ -60,7 +60,8 @@ class Plan:
 
     ``dq_tile`` is the row of a kernel that computes dq alone. ``workspace`` maps a name to (shape, dtype);
     ``section_heads`` (batch, head) pairs are worked on together, because what their blocks share fits in L2.
-    ``note`` says why a Hopper GPU runs the portable kernels, where it does.
+    Rows of ``packed_heads`` query heads, which have their keys in common, share a tile. ``note`` says why a Hopper GPU
+    runs the portable kernels, where it does.
     """
 
     problem: Problem
@@ -71,6 +72,7 @@ class Plan:
     workspace: Mapping[str, tuple[tuple[int, ...], str]]
     section_heads: int
     dq_tile: QueriesRow | None = None
+    packed_heads: int = 1
     note: str | None = None
 
     @property
@@ -123,6 +125,8 @@ class Plan:
             f"{self.pass_} on {self.device.name} ({self.device.arch}, {self.device.sm_count} SMs)",
             f"  tile {tile.describe()}: {tile.reason}",
         ]
+        if self.packed_heads > 1:
+            lines.append(f"  a tile holds the queries of {self.packed_heads} heads with the same keys")
         if self.dq_tile is not None:
             lines.append(f"  tile of dq {self.dq_tile.describe()}: {self.dq_tile.reason}")
         for step in self.steps:
@@ -147,7 +151,12 @@ _SCHEDULE = ("num_consumers", "query_stages", "out_chunks", "ping_pong", "lazy_r
 _DQ_SCHEDULE = ("num_consumers", "value_stages")
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
-    "forward_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_SCHEDULE, *_SCORES, "sinks", "used_keys"),
+    "forward_sm90": (
+        *("Element", "head_dim", "head_dim_v", "block_n", "packed_heads"),
+        *_SCHEDULE,
+        *_SCORES,
+        *("sinks", "used_keys"),
+    ),
     "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic", "with_dq"),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
     "backward_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "with_dq"),

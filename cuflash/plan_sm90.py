@@ -31,6 +31,7 @@ from cuflash.tiles_sm90 import (
     QueriesRow,
     backward_row,
     forward_row,
+    packed_heads,
     queries_row,
 )
 
@@ -90,7 +91,12 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     layout = problem.layout
     heavy = scale_first(problem) or problem.dropout is not None
     causal = problem.mask.right is not None
-    tile = forward_row(problem.head_dim, problem.head_dim_v, layout.seqlen_q, causal=causal, heavy=heavy)
+    sizes = (problem.head_dim, problem.head_dim_v, layout.seqlen_q)
+    tile = forward_row(*sizes, causal=causal, heavy=heavy)
+    heads = packed_heads(problem.group_size, layout.seqlen_q, tile.block_m)
+    if heads > 1:
+        tile = forward_row(*sizes, causal=causal, heavy=heavy, packed=True)
+    queries = tile.block_m // heads
     config = score_config(problem) | {
         "block_n": ("int", tile.block_n),
         "num_consumers": ("int", tile.num_consumers),
@@ -100,11 +106,12 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "lazy_rescale": ("bool", tile.lazy_rescale),
         "eighths_before_wait": ("int", tile.eighths_before_wait),
         "used_keys": ("bool", layout.used_k),
+        "packed_heads": ("int", heads),
     }
     spec = kernel_spec("forward_sm90", config, device.arch)
-    tiles = num_blocks(layout.seqlen_q, tile.block_m) * problem.num_heads * layout.batch
+    tiles = num_blocks(layout.seqlen_q, queries) * (problem.num_heads // heads) * layout.batch
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
-    boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "out": WARPGROUP_ROWS}
+    boxes = {"q": queries, "k": tile.block_n, "v": tile.block_n, "out": min(queries, WARPGROUP_ROWS)}
     step = Step(spec, min(device.sm_count, tiles), tile.threads, shared_bytes, 1, tuple(boxes.items()))
     return Plan(
         problem=problem,
@@ -114,6 +121,7 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         tile=tile,
         workspace={},
         section_heads=forward_section_heads(problem, device),
+        packed_heads=heads,
     )
 
 

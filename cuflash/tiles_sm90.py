@@ -17,6 +17,9 @@ CHUNK_COLUMNS = 64  # of a tile in shared memory: kernels_cu/tile/swizzle.cuh
 BARRIER_BYTES = 8
 QUEUE_BYTES = 48  # tile::TileQueue of kernels_cu/tile/pipeline.cuh
 STATISTIC_SPACE = 1024  # one float per query, in steps in which tiles may start
+PACKED_ROWS = 128  # of a tile that several heads share: two consumers, so that up to eight heads have whole slabs of 16
+PACKED_HEADS = (1, 2, 4, 8)
+PACKING_PAYS = 0.75  # of the rows that tiles of one head compute: unmeasured, a tile's time is that of its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +278,28 @@ QUERIES = (
 # fmt: on
 
 
-def forward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, causal: bool, heavy: bool) -> ForwardRow:
-    """Choose the first row that serves a problem.
+def packed_heads(group_size: int, seqlen_q: int, block_m: int) -> int:
+    """Choose how many query heads of a group share a tile, so that fewer of its rows are padding.
+
+    ``block_m`` is the block that a tile of one head would have.
+
+    >>> packed_heads(8, 1, 128), packed_heads(6, 40, 128), packed_heads(8, 100, 128), packed_heads(8, 4096, 128)
+    (8, 2, 1, 1)
+    """
+
+    def rows(heads: int) -> int:
+        queries = PACKED_ROWS // heads
+        return -(-seqlen_q // queries) * queries
+
+    fewest = min((heads for heads in PACKED_HEADS if group_size % heads == 0), key=rows)
+    alone = -(-seqlen_q // block_m) * block_m
+    return fewest if rows(fewest) <= PACKING_PAYS * alone else 1
+
+
+def forward_row(
+    head_dim: int, head_dim_v: int, seqlen_q: int, *, causal: bool, heavy: bool, packed: bool = False
+) -> ForwardRow:
+    """Choose the first row that serves a problem; ``packed`` insists on tiles that several heads can share.
 
     >>> forward_row(64, 64, 8192, causal=True, heavy=False).num_consumers
     3
@@ -290,6 +313,7 @@ def forward_row(head_dim: int, head_dim_v: int, seqlen_q: int, *, causal: bool, 
         and (row.longest is None or seqlen_q <= row.longest)
         and row.causal in (None, causal)
         and (row.heavy or not heavy)
+        and (row.block_m == PACKED_ROWS or not packed)
     )
 
 

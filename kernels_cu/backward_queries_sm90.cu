@@ -58,7 +58,7 @@ struct Work {
 
   DEVICE explicit Work(const Shape& shape) {
     const tile::TileIndex index =
-        tile::query_tile_of<Config>(shape, arch::block_index(), kBlockM, shape.section_heads * shape.group_size);
+        tile::query_tile_of<Config>(shape, arch::block_index(), kBlockM, shape.num_heads, shape.section_heads * shape.group_size);
     m_block = index.block, head = index.head, batch = index.batch;
     const tile::Band<Config> band(shape, tile::Sequence(shape, batch));
     blocks = band.template key_blocks<kBlockM, kBlockN>(m_block * kBlockM);

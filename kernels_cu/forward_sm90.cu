@@ -4,6 +4,9 @@
 // Shared memory:  query_stages x q [block_m][head_dim]  |  out [block_m][64 * out_chunks], or in q's place if out_chunks is 0
 //              |  2 x k [block_n][head_dim]  |  2 x v [block_n][head_dim_v]  |  barriers  |  tile queue
 //
+// Where a head has few queries, a tile holds those of several heads that share their keys: the rows of one head after the other,
+// so that a slab belongs to one head and everything that depends on the head is the same for all of it.
+//
 // A consumer keeps scores, probabilities and output in registers. It starts the scores of the next key block before the product
 // of the present probabilities with v, so that the tensor cores work while it exponentiates.
 #include "arch/sm90.cuh"
@@ -23,6 +26,13 @@ using tile::QueryRows;
 
 constexpr int kConsumers = Config::num_consumers;
 constexpr int kBlockM = kConsumers * tile::kWarpgroupRows, kBlockN = Config::block_n;
+constexpr int kQueries = kBlockM / Config::packed_heads;  // of each head of a tile
+constexpr int kGroupQueries = kQueries < tile::kWarpgroupRows ? kQueries : tile::kWarpgroupRows;  // of a head of a warpgroup
+static_assert(kQueries % tile::kSlabRows == 0 && (kQueries % tile::kWarpgroupRows == 0 || tile::kWarpgroupRows % kQueries == 0),
+              "slabs belong to one head, and warpgroups to whole heads or to parts of one");
+// The head and the query of a row of a tile, counted from the tile's first.
+DEVICE int head_of(int row) { return Config::packed_heads == 1 ? 0 : row / kQueries; }
+DEVICE int query_of(int row) { return Config::packed_heads == 1 ? row : row % kQueries; }
 constexpr int kThreads = (kConsumers + 1) * arch::kWarpgroupSize;
 constexpr int kReaders = kConsumers * arch::kWarpgroupSize / kWarpSize;  // every consumer warp releases buffers for itself
 // The pool of 65536 registers, in multiples of 8 a thread: few for the producer, the rest for the consumers.
@@ -73,12 +83,15 @@ struct Shared {
   }
 };
 
-// Tiles in the order in which CTAs take them: longest first where they differ in length.
+// Tiles in the order in which CTAs take them: longest first where they differ in length. `head` is a tile's first.
 DEVICE int num_tiles(const Shape& shape) {
-  return tile::ceil_divide(shape.seqlen_q, kBlockM) * shape.num_heads * shape.batch;
+  return tile::ceil_divide(shape.seqlen_q, kQueries) * (shape.num_heads / Config::packed_heads) * shape.batch;
 }
 DEVICE tile::TileIndex tile_of(const Shape& shape, int index) {
-  return tile::query_tile_of<Config>(shape, index, kBlockM, shape.section_heads);
+  constexpr int kHeads = Config::packed_heads;
+  const tile::TileIndex at =
+      tile::query_tile_of<Config>(shape, index, kQueries, shape.num_heads / kHeads, shape.section_heads / kHeads);
+  return {at.block, at.head * kHeads, at.batch};
 }
 
 // One thread: keys one block ahead of values, which are needed later; the next tile's first buffers as soon as they are free.
@@ -92,7 +105,7 @@ DEVICE void produce(const ForwardSm90Params& params, const Shared& shared) {
     if (index >= tiles) break;
     const tile::TileIndex at = tile_of(params.shape, index);
     const tile::Band<Config> band(params.shape, tile::Sequence(params.shape, at.batch));
-    const tile::Range blocks = band.template key_blocks<kBlockM, kBlockN>(at.block * kBlockM);
+    const tile::Range blocks = band.template key_blocks<kQueries, kBlockN>(at.block * kQueries);
     const int kv_head = at.head / params.shape.group_size;
 
     const auto copy_keys = [&](uint32 use, int n_block) {
@@ -106,9 +119,11 @@ DEVICE void produce(const ForwardSm90Params& params, const Shared& shared) {
     int n_block = blocks.end - 1;
     if (n_block >= blocks.begin) copy_keys(use, n_block);
     if (!kOwnOut || n_block >= blocks.begin) {  // a tile without keys, too, stages its output where q goes
-      const SharedAddress barrier = shared.q.begin_fill(query_use);
-      tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(query_use++), params.q, barrier, at.block * kBlockM, at.head,
-                                                 at.batch);
+      const SharedAddress barrier = shared.q.begin_fill(query_use), q_tile = shared.q.stage(query_use++);
+#pragma unroll
+      for (int h = 0; h < Config::packed_heads; ++h)
+        tile::copy_tile<kBlockM, Config::head_dim>(q_tile + h * kQueries * tile::kChunkRowBytes, params.q, barrier,
+                                                   at.block * kQueries, at.head + h, at.batch);
     }
 #pragma unroll 1
     for (; n_block > blocks.begin; --n_block, ++use) {
@@ -174,13 +189,15 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
     const tile::TileIndex at = tile_of(shape, index);
     const tile::Sequence sequence(shape, at.batch);
     const tile::Band<Config> band(shape, sequence);
-    const tile::Modifier<Config> modifier(params.score, at.batch, at.head);
-    const tile::Dropout dropout(params.dropout, at.batch, at.head);
+    const int head = at.head + head_of(warp_row);
+    const tile::Modifier<Config> modifier(params.score, at.batch, head);
+    const tile::Dropout dropout(params.dropout, at.batch, head);
     const float unit = modifier.unit();
-    const int first_query = at.block * kBlockM + group_row, query = first_query + warp_in_group * tile::kSlabRows;
-    const tile::Range loaded = band.template key_blocks<kBlockM, kBlockN>(at.block * kBlockM);
-    tile::Range blocks = band.template key_blocks<tile::kWarpgroupRows, kBlockN>(first_query);
-    const tile::Range whole = band.template whole_blocks<tile::kWarpgroupRows, kBlockN>(first_query);
+    const int first_query = at.block * kQueries + query_of(group_row);
+    const int query = first_query + query_of(warp_in_group * tile::kSlabRows);
+    const tile::Range loaded = band.template key_blocks<kQueries, kBlockN>(at.block * kQueries);
+    tile::Range blocks = band.template key_blocks<kGroupQueries, kBlockN>(first_query);
+    const tile::Range whole = band.template whole_blocks<kGroupQueries, kBlockN>(first_query);
     if (blocks.begin == blocks.end) blocks = {loaded.begin, loaded.begin};
     // Lets blocks pass by that only the other warpgroups need.
     const auto skip = [&](int num_blocks, int begin) {
@@ -283,7 +300,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
     if (blocks.begin < blocks.end) {
       shared.q.wait_full(query_use);
       int n_block = blocks.end - 1;
-      if (kHalves && band.template key_blocks<tile::kWarpgroupRows, kBlockN / 2>(first_query).end < 2 * blocks.end)
+      if (kHalves && band.template key_blocks<kGroupQueries, kBlockN / 2>(first_query).end < 2 * blocks.end)
         first_step(n_block, NumKeys<kHalves ? kBlockN / 2 : kBlockN>{});
       else
         first_step(n_block, NumKeys<kBlockN>{});
@@ -312,7 +329,9 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
 
     float factor[2];
     bool keep[2];
-    tile::finish_rows<Config>(state, unit, params.score, params.dropout, shape, at.batch, at.head, query + tile::lane_row(),
+    // Worked out anew: a register less through the loop.
+    const int done_head = Config::packed_heads == 1 ? head : tile_of(shape, index).head + head_of(warp_row);
+    tile::finish_rows<Config>(state, unit, params.score, params.dropout, shape, at.batch, done_head, query + tile::lane_row(),
                               sequence.seqlen_q, params.lse, factor, keep);
     const bool storer = warp_in_group == 0 && leader;
 #pragma unroll
@@ -324,8 +343,9 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
       if (storer) {
         for (int staged = c; staged < min(c + kOutChunks, tile::chunks(Config::head_dim_v)); ++staged)
-          arch::copy_box_to_global(params.out, shared.out + ((staged - c) * kBlockM + group_row) * tile::kChunkRowBytes,
-                                   staged * tile::kChunkColumns, first_query, at.head, at.batch);
+          for (int row = group_row; row < group_row + tile::kWarpgroupRows; row += kGroupQueries)
+            arch::copy_box_to_global(params.out, shared.out + ((staged - c) * kBlockM + row) * tile::kChunkRowBytes,
+                                     staged * tile::kChunkColumns, first_query, at.head + head_of(row), at.batch);
         arch::copy_to_global_commit();
       }
     }

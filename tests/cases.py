@@ -205,6 +205,19 @@ def _heads() -> list[Case]:
     ]
 
 
+def _few_queries() -> list[Case]:
+    """Groups of heads with few queries each, which may share a tile: within a block, at its end, in several blocks."""
+    shapes = [(1, 203, 8, 1, 64), (5, 143, 16, 2, 128), (16, 203, 16, 1, 64), (17, 143, 8, 2, 128), (33, 129, 8, 1, 64)]
+    shapes += [(64, 129, 6, 3, 128), (130, 203, 8, 1, 64), (20, 77, 8, 2, 256), (9, 203, 24, 2, 192)]
+    cases = [
+        Case(f"few-queries-{n_q}x{n_k}-{heads}-{kv_heads}-{d}", batch=1 + (n_q < 100), seqlen_q=n_q, seqlen_k=n_k,
+             num_heads=heads, num_kv_heads=kv_heads, head_dim=d, head_dim_v=128 if d == 192 else d, causal=causal)
+        for (n_q, n_k, heads, kv_heads, d), causal in zip(shapes, itertools.cycle((True, False)))
+    ]  # fmt: skip
+    rich = RICHEST | {"num_kv_heads": 1, "seqlen_q": 20, "seqlen_k": 143, "seqused_q": (20, 9), "head_dim": 128}
+    return [*cases, Case("few-queries-richest", **rich), Case("few-queries-window", **rich | {"window_size": (30, 5)})]
+
+
 def _masks() -> list[Case]:
     windows = [(0, 0), (5, 0), (0, 9), (64, 64), (-1, 3), (3, -1), (1000, 1000), (129, 17)]
     cases = [
@@ -264,7 +277,8 @@ def _large() -> list[Case]:
     ]
 
 
-CASES: list[Case] = _lengths() + _head_dims() + _heads() + _masks() + _features() + _memory() + _large()
+CASES: list[Case] = [*_lengths(), *_head_dims(), *_heads(), *_few_queries(), *_masks(), *_features(), *_memory()]
+CASES += _large()
 
 _WIDE_SOURCES = ("length-113x203-causal", "length-203x113-full", "head-dim-59-59-float16", "head-dim-64-32-bfloat16")
 _WIDE_SOURCES += ("heads-8-2", "window-5-0-65x203", "empty-rows-sinks", "used-zero-sinks", "dropout-large")

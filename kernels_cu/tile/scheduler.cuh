@@ -31,13 +31,13 @@ DEVICE TileIndex longest_first(int index, int num_blocks, int num_heads, int bat
 
 // The query block of a CTA or of a turn in a queue: under a causal mask the last queries see the most keys.
 template <class Config>
-DEVICE TileIndex query_tile_of(const Shape& shape, int index, int block_m, int section_heads) {
+DEVICE TileIndex query_tile_of(const Shape& shape, int index, int block_m, int num_heads, int section_heads) {
   const int num_blocks = ceil_divide(shape.seqlen_q, block_m);
   if constexpr (Config::window_right) {
-    const TileIndex at = longest_first(index, num_blocks, shape.num_heads, shape.batch, section_heads);
+    const TileIndex at = longest_first(index, num_blocks, num_heads, shape.batch, section_heads);
     return {num_blocks - 1 - at.block, at.head, at.batch};
   } else {
-    return head_after_head(index, num_blocks, shape.num_heads);
+    return head_after_head(index, num_blocks, num_heads);
   }
 }
 

@@ -68,6 +68,7 @@ def problem(
     head_dim_v: int,
     *,
     seqlen: int = 4096,
+    num_kv_heads: int = 8,
     dtype: str = "bfloat16",
     alibi: bool = False,
     sinks: bool = False,
@@ -77,8 +78,8 @@ def problem(
 ) -> Problem:
     """A problem of some size; ``narrow`` makes rows of an odd number of elements, which are loaded one by one."""
     batch, heads = 2, 8
-    q_and_k = View.of((batch, seqlen, heads, head_dim - narrow), dtype)
-    views = {"q": q_and_k, "k": q_and_k, "v": View.of((batch, seqlen, heads, head_dim_v - narrow), dtype)}
+    shapes = {"q": (heads, head_dim), "k": (num_kv_heads, head_dim), "v": (num_kv_heads, head_dim_v)}
+    views = {name: View.of((batch, seqlen, n, columns - narrow), dtype) for name, (n, columns) in shapes.items()}
     if alibi:
         views["alibi_slopes"] = View.of((heads,), "float32")
     if sinks:

@@ -6,6 +6,7 @@ product stands among the exponentials decides how much of them runs beside the t
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import matrix
@@ -72,7 +73,16 @@ def some(*kernels: matrix.Kernel | None) -> list[matrix.Kernel]:
 
 MEASURED = some(*(masked(row, mask) for row in FORWARD for mask in MEASURED_MASKS))
 QUICK = some(*(kernel_of(COMMON, mask, "float16") for mask in (*MEASURED_MASKS, ("used_keys",))))
+PACKED = [
+    kernel
+    for row, num_kv_heads in zip(FORWARD, itertools.cycle((1, 2, 4)))
+    for features in (matrix.PLAIN, matrix.RICHEST)
+    for kernel in matrix.kernels_of(
+        "sm_90a", "forward", features, row.head_dim, row.head_dim_v, seqlen=8, num_kv_heads=num_kv_heads, kernels="sm90"
+    )
+]
 SLOW = some(
+    *PACKED,
     *(masked(row, mask) for row in FORWARD for mask in MASKS[2:]),
     *(masked(row, (*mask, "used_keys")) for row in FORWARD for mask in MEASURED_MASKS),
     *(richest(row) for row in FORWARD),

@@ -32,6 +32,9 @@ FEW_KEYS = Case("few-keys", seqlen_q=203, seqlen_k=203, num_heads=8, num_kv_head
 PADDED = replace(TILES, id="padded", batch=2, seqused_q=(150, 203), seqused_k=(150, 333))
 PADDED_IN_TURN = replace(PADDED, id="padded-in-turn", head_dim=64, seqlen_q=333, seqused_q=(150, 333))
 
+# Four heads in a tile, two in a warpgroup, each with a slope of its own.
+PACKED = Case("packed", batch=2, seqlen_q=20, seqlen_k=203, num_heads=8, num_kv_heads=2, head_dim=128, alibi="head")
+
 forward_bug = partial(Bug, entry="forward_sm90", arch="sm_90a", case=TILES)
 
 END_OF_OUTPUT = """arch::product_wait<0>();
@@ -100,7 +103,7 @@ FORWARD_BUGS = [
         before="operand_a(a + row_a * kChunkRowBytes, 16), operand_b(b, 16)",
         after="operand_a(a, 16), operand_b(b, 16)"),
     forward_bug("warpgroups store the same rows", error=TwinError, message=f"{PROXY}|{RACE}",
-        before="((staged - c) * kBlockM + group_row)", after="((staged - c) * kBlockM)"),
+        before="((staged - c) * kBlockM + row)", after="((staged - c) * kBlockM + row - group_row)"),
     forward_bug("output staged before the last one has left", error=TwinError, message=OVERWRITTEN,
         before="if (storer) arch::copy_to_global_wait_read();  // what was", after="// what was"),
     forward_bug("missing barrier before the output is staged", error=TwinError, message=OVERWRITTEN,
@@ -162,6 +165,18 @@ FORWARD_BUGS = [
         before=CLEAR_IN_PASSING, after=""),
     forward_bug("a passing warpgroup clears in its turn", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
         before=f"turns.pass();\n        {CLEAR_IN_PASSING}", after=f"{CLEAR_IN_PASSING}\n        turns.pass();"),
+    forward_bug("every packed head has the first one's queries", error=WrongAnswer, case=PACKED,
+        before="at.block * kQueries, at.head + h, at.batch", after="at.block * kQueries, at.head, at.batch"),
+    forward_bug("packed heads over each other", error=TwinError, message=RACE, case=PACKED,
+        before="q_tile + h * kQueries * tile::kChunkRowBytes",
+        after="q_tile + h * tile::kSlabRows * tile::kChunkRowBytes"),
+    forward_bug("packed heads have one slope", error=WrongAnswer, case=PACKED,
+        before="at.head + head_of(warp_row)", after="at.head + head_of(group_row)"),
+    forward_bug("rows of packed heads counted through", error=WrongAnswer, case=PACKED,
+        before="first_query + query_of(warp_in_group * tile::kSlabRows)",
+        after="first_query + warp_in_group * tile::kSlabRows"),
+    forward_bug("packed heads stored as one", error=WrongAnswer, case=PACKED,
+        before="at.head + head_of(row), at.batch", after="at.head, at.batch"),
 ]  # fmt: skip
 
 HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, causal=True)

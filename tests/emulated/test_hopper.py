@@ -24,6 +24,8 @@ QUICK_FORWARD = """
     head-dim-16-16-float16 head-dim-40-40-bfloat16 head-dim-80-80-bfloat16
     head-dim-128-128-float16 head-dim-192-128-bfloat16 head-dim-192-192-float16
     head-dim-256-256-float16 head-dim-64-256-bfloat16 heads-6-2 heads-8-1
+    few-queries-1x203-8-1-64 few-queries-17x143-8-2-128 few-queries-130x203-8-1-64 few-queries-9x203-24-2-192
+    few-queries-richest
     window-5-0-65x203 window--1-3-203x65 window-top-left-empty-tail
     softcap-float16 alibi-float16 sinks dropout-float16 window+alibi
     softmax-scale-negative alibi-batch empty-rows-sinks strides-transposed-64 strides-sliced-40
@@ -55,6 +57,10 @@ FORWARD_ROWS = {
     "padded, own output staging": Case("used-128", **_USED, seqlen_q=203, head_dim=128, window_size=(150, 40)),
     "padded, shared output staging": Case("used-192", **_USED, seqlen_q=203, head_dim=192, head_dim_v=128),
     "padded, lazy rescaling": Case("used-256", **_USED, seqlen_q=203, head_dim=256, causal=True, alibi="head"),
+    "packed heads": Case("packed", batch=3, seqlen_q=20, seqlen_k=333, num_heads=16, num_kv_heads=2, alibi="batch"),
+    "packed heads of several blocks": Case(
+        "packed-blocks", seqlen_q=130, seqlen_k=333, num_heads=8, num_kv_heads=1, head_dim=128, causal=True
+    ),
     "lazy rescaling": Case("256", seqlen_q=203, seqlen_k=333, head_dim=256, softcap=3.0, alibi="head"),
 }
 BACKWARD_ROWS = {

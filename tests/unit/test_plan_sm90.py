@@ -126,6 +126,45 @@ def test_blocks_persist(seqlen_q, grid):
     assert plan_forward(sized(seqlen_q, 300, 128, 128), HOPPER).steps[0].grid == grid
 
 
+def grouped(seqlen_q: int, num_heads: int, num_kv_heads: int, head_dim: int = 128, **keywords: object) -> Problem:
+    shapes = {"q": (2, seqlen_q, num_heads, head_dim), "k": (2, 300, num_kv_heads, head_dim)}
+    views = {name: contiguous(*shapes["q" if name == "q" else "k"]) for name in "qkv"}
+    return Problem.build(views, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "num_heads", "num_kv_heads", "packed", "grid"),
+    [
+        (1, 8, 8, 1, 16),
+        (1, 8, 1, 8, 2),
+        (16, 32, 2, 8, 8),
+        (17, 8, 1, 4, 4),
+        (40, 6, 1, 2, 6),
+        (1, 10, 2, 1, 20),
+        (64, 8, 1, 2, 8),
+        (65, 8, 1, 8, 10),
+        (100, 8, 1, 1, 16),
+        (130, 8, 1, 8, 18),
+        (4096, 8, 1, 1, 132),
+    ],
+)
+def test_heads_with_few_queries_share_tiles(seqlen_q, num_heads, num_kv_heads, packed, grid):
+    """As many heads of a group as leave the fewest rows of padding, where it is a quarter less."""
+    plan = plan_forward(grouped(seqlen_q, num_heads, num_kv_heads), HOPPER)
+    (step,) = plan.steps
+    assert (plan.packed_heads, config_of(plan)["packed_heads"], step.grid) == (packed, packed, grid)
+    boxes = dict(step.boxes)
+    assert (boxes["q"], boxes["out"]) == (128 // packed, min(64, 128 // packed))
+    assert (f"a tile holds the queries of {packed} heads" in plan.explain()) == (packed > 1)
+
+
+def test_shared_tiles_have_two_consumers():
+    """Rows of three consumers do not divide into slabs of every number of heads."""
+    alone, packed = (plan_forward(grouped(seqlen_q, 8, 1, 64), HOPPER) for seqlen_q in (4096, 4))
+    assert (alone.tile.num_consumers, alone.packed_heads) == (3, 1)
+    assert (packed.tile.num_consumers, packed.packed_heads) == (2, 8)
+
+
 def test_portable_kernels_run_where_they_are_asked_for():
     plan = plan_forward(problem_of(kernels="sm80"), HOPPER)
     assert (entries(plan), plan.note) == (["forward_sm80"], None)

@@ -11,11 +11,13 @@ from cuflash.tiles import HEAD_DIM_STEP
 from cuflash.tiles_sm90 import (
     BACKWARD,
     FORWARD,
+    PACKED_ROWS,
     QUERIES,
     WARPGROUP_THREADS,
     KeysRow,
     backward_row,
     forward_row,
+    packed_heads,
     queries_row,
 )
 
@@ -42,6 +44,20 @@ def test_every_problem_has_a_row_that_fits(seqlen_q, causal, heavy):
         assert row.shared_bytes(head_dim, head_dim_v) <= SHARED
         assert row.head_dim >= head_dim and row.head_dim_v >= head_dim_v
         assert row.heavy or not heavy
+        packed = forward_row(head_dim, head_dim_v, seqlen_q, causal=causal, heavy=heavy, packed=True)
+        assert packed.block_m == PACKED_ROWS
+
+
+@pytest.mark.parametrize("block_m", [128, 192])
+def test_packed_heads_compute_fewer_rows(block_m):
+    for group_size, seqlen_q in itertools.product(range(1, 65), (1, 2, 16, 17, 32, 33, 64, 65, 100, 130, 200, 1000)):
+        heads = packed_heads(group_size, seqlen_q, block_m)
+        queries = PACKED_ROWS // heads
+        assert group_size % heads == 0
+        assert queries % 16 == 0, "a slab belongs to one head"
+        if heads > 1:
+            assert -(-seqlen_q // queries) * queries < -(-seqlen_q // block_m) * block_m
+    assert packed_heads(64, 1, block_m) == 8
 
 
 @rows
