@@ -341,9 +341,10 @@ def explain(q: Array, k: Array, v: Array, *, device: str | None = None, **keywor
 
     A Hopper GPU runs the portable kernels where its own cannot run the call:
 
-    >>> forward, backward = cuflash.explain(q, q, q, seqused_k=np.int32([1000, 7]), device="sm_90a").plans
-    >>> forward.main_entry, backward.main_entry, backward.note
-    ('forward_sm90', 'backward_sm80', 'portable kernels: seqused_q and seqused_k need the portable backward')
+    >>> narrow = np.zeros((2, 1000, 8, 60), np.float16)
+    >>> forward, backward = cuflash.explain(narrow, narrow, narrow, device="sm_90a").plans
+    >>> forward.main_entry, backward.note
+    ('forward_sm80', "portable kernels: q's address or strides are not multiples of 16 bytes")
     """
     prepared = _prepared(q, k, v, keywords)
     problem = prepared.problem

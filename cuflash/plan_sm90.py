@@ -53,14 +53,9 @@ def hopper_obstacle(problem: Problem, device: DeviceInfo) -> str | None:
 
 
 def hopper_backward_obstacle(problem: Problem, device: DeviceInfo) -> str | None:
-    """Why the Hopper backward cannot run a problem; None where it can.
-
-    The copy engine reads rows that are absent by key padding, and all of them are summed over.
-    """
+    """Why the Hopper backward cannot run a problem; None where it can."""
     if obstacle := hopper_obstacle(problem, device):
         return obstacle
-    if problem.layout.used_q or problem.layout.used_k:
-        return "seqused_q and seqused_k need the portable backward"
     for name, keyword, columns in (("dk", "head_dim", problem.head_dim), ("dv", "head_dim_v", problem.head_dim_v)):
         if obstacle := _row_obstacle(name, keyword, columns):
             return obstacle
@@ -141,6 +136,8 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "warpgroups": ("bool", True),
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
+        "used_queries": ("bool", layout.used_q),
+        "used_keys": ("bool", layout.used_k),
     }
     steps = [_prepare_step(problem, device, config, tile)]
     if dq_tile is not None:

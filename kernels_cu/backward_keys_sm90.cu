@@ -14,6 +14,7 @@
 // dK is the last to read a block of q, and comes after everything that is made of the block before: so only its warpgroup releases
 // q. What reads dout beside dV, the producer knows to be done when it fills dout: it has filled q before.
 #include "arch/sm90.cuh"
+#include "tile/absent.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gradient.cuh"
 #include "tile/mask.cuh"
@@ -71,6 +72,8 @@ struct Shared {
 constexpr int kFourBytes = 16 * arch::kWarpgroupSize;
 constexpr int kValuesReadBarrier = 1, kStoreBarrier = 2;  // + 1 for dk
 constexpr int kFullBarrier = 4, kEmptyBarrier = 6;        // of the two buffers of probabilities: + use % 2
+constexpr int kClearBarrier = 8;
+constexpr int kConsumerThreads = 2 * arch::kWarpgroupSize;
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
 
@@ -108,9 +111,7 @@ DEVICE void store_gradient(const TensorMap& map, SharedAddress tile, const float
   arch::fence_async_proxy();
   arch::named_barrier_sync(barrier, arch::kWarpgroupSize);
   if (warp_in_group == 0 && arch::lane_index() == 0) {
-    for (int c = 0; c < tile::chunks(kColumns); ++c)
-      arch::copy_box_to_global(map, tile + c * kBlockN * tile::kChunkRowBytes, c * tile::kChunkColumns, work.n_block * kBlockN,
-                               work.kv_head, work.batch);
+    tile::copy_rows_out<kBlockN>(map, tile, 0, 0, tile::chunks(kColumns), work.n_block * kBlockN, work.kv_head, work.batch);
     arch::copy_to_global_commit();
     arch::copy_to_global_wait_read();
   }
@@ -137,6 +138,8 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     const tile::Dropout dropout(common.dropout, work.batch, here.head);
     const int query = here.block * kBlockM;
     const float unit = modifier.unit();
+    tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, sequence.seqlen_q,
+                                                                  shape.seqlen_q, kClearBarrier);
 
     float scores[kSize];
     tile::RowValues<kSize, !Config::softcap> lse(shared.row_lse(use));  // whose derivative leaves no registers to wait in
@@ -168,18 +171,18 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     if constexpr (Config::softcap) tile::multiply(scores, derivative);
 
     const SharedAddress place = shared.probabilities(use);
-    arch::named_barrier_sync(kEmptyBarrier + use % 2, 2 * arch::kWarpgroupSize);
+    arch::named_barrier_sync(kEmptyBarrier + use % 2, kConsumerThreads);
 #pragma unroll
     for (int i = 0; i < kSize; i += 4)
       arch::store_shared(place + i / 4 * kFourBytes, scores[i], scores[i + 1], scores[i + 2], scores[i + 3]);
-    arch::named_barrier_arrive(kFullBarrier + use % 2, 2 * arch::kWarpgroupSize);
+    arch::named_barrier_arrive(kFullBarrier + use % 2, kConsumerThreads);
 
     shared.dout.wait_full(use);
     tile::start_registers<Element, Config::head_dim_v, kBlockM>(dv, p, shared.dout.stage(use));  // runs on beside the next scores
   }
   arch::product_wait<0>();
   arch::pin(dv);
-  arch::named_barrier_sync(kValuesReadBarrier, 2 * arch::kWarpgroupSize);
+  arch::named_barrier_sync(kValuesReadBarrier, kConsumerThreads);
   store_gradient<Config::head_dim_v>(params.dv, shared.values(), dv, Config::dropout ? common.dropout.scale : 1.f, work,
                                      kStoreBarrier);
 }
@@ -189,7 +192,8 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
   const Shape& shape = common.shape;
   const Work work(shape);
-  const tile::Band<Config> band(shape, tile::Sequence(shape, work.batch));
+  const tile::Sequence sequence(shape, work.batch);
+  const tile::Band<Config> band(shape, sequence);
   const int first_key = work.n_block * kBlockN, key = first_key + arch::warp_index() % kWarps * tile::kSlabRows;
   const bool leader = arch::lane_index() == 0;
 
@@ -197,12 +201,16 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
   uint32 ds[kSize / 2];
   tile::clear(dk);
   if (work.first.head < work.end_head) {
-    for (int buffer = 0; buffer < 2; ++buffer) arch::named_barrier_arrive(kEmptyBarrier + buffer, 2 * arch::kWarpgroupSize);
+    for (int buffer = 0; buffer < 2; ++buffer) arch::named_barrier_arrive(kEmptyBarrier + buffer, kConsumerThreads);
     shared.kv.wait_full(0);
   }
   uint32 use = 0;
 #pragma unroll 1
   for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
+    const int query = here.block * kBlockM;
+    tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, sequence.seqlen_q,
+                                                                  shape.seqlen_q, kClearBarrier);
+
     float gradients[kSize];
     tile::RowValues<kSize, true> delta(shared.row_delta(use));
     shared.dout.wait_full(use);
@@ -215,7 +223,7 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
     arch::product_wait<0>();
     arch::pin(gradients);
 
-    arch::named_barrier_sync(kFullBarrier + use % 2, 2 * arch::kWarpgroupSize);
+    arch::named_barrier_sync(kFullBarrier + use % 2, kConsumerThreads);
     const SharedAddress place = shared.probabilities(use);
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
@@ -228,8 +236,7 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
         gradients[i + j] = (Config::dropout ? arch::absolute(p[j]) : p[j]) * (dp - delta[i + j]);
       }
     }
-    arch::named_barrier_arrive(kEmptyBarrier + use % 2, 2 * arch::kWarpgroupSize);
-    const int query = here.block * kBlockM;
+    arch::named_barrier_arrive(kEmptyBarrier + use % 2, kConsumerThreads);
     if (band.template cuts<kBlockM, kBlockN>(query, first_key)) band.template select<KeyRows>(gradients, 0.f, query, key);
     tile::to_operand<Element>(ds, gradients);
 
@@ -238,7 +245,7 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
   }
   arch::product_wait<0>();
   arch::pin(dk);
-  arch::named_barrier_arrive(kValuesReadBarrier, 2 * arch::kWarpgroupSize);
+  arch::named_barrier_arrive(kValuesReadBarrier, kConsumerThreads);
   // The last probabilities were made after the last use of k: its place is free.
   store_gradient<Config::head_dim>(params.dk, shared.keys(), dk, common.score.scale, work, kStoreBarrier + 1);
 }

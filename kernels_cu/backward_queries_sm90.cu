@@ -8,6 +8,7 @@
 //
 // A producer warp copies by tensor map; consumer warpgroups of 64 rows each keep their rows of scores, dP and dq in registers.
 #include "arch/sm90.cuh"
+#include "tile/absent.cuh"
 #include "tile/dropout.cuh"
 #include "tile/mask.cuh"
 #include "tile/modifier.cuh"
@@ -50,6 +51,7 @@ struct Shared {
 };
 
 constexpr int kStageBarrier = 1, kStoreBarrier = 4;  // + consumer
+constexpr int kClearBarrier = 7;                     // all consumers
 
 // The work of a CTA: all warps go through it in the same order.
 struct Work {
@@ -81,6 +83,18 @@ DEVICE void produce(const BackwardQueriesSm90Params& params, const Shared& share
     tile::copy_tile<kBlockN, Config::head_dim>(shared.k.stage(use), params.k, k_barrier, n_block * kBlockN, kv_head, work.batch);
     const SharedAddress v_barrier = shared.v.begin_fill(use);
     tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.stage(use), params.v, v_barrier, n_block * kBlockN, kv_head, work.batch);
+  }
+}
+
+// Zeroes keys that are absent: their dS is 0, which dQ = dS K multiplies with them. Their values meet nothing but masked scores.
+DEVICE void clear_absent_keys(const Shared& shared, uint32 use, int key, int used, int allocated) {
+  if constexpr (Config::used_keys) {
+    const tile::AbsentRows<kBlockN> absent(key, used, allocated);
+    if (!absent.exist()) return;
+    constexpr int kAll = kConsumers * arch::kWarpgroupSize;
+    shared.k.wait_full(use);
+    absent.template clear<Config::head_dim, kAll>(shared.k.stage(use));
+    absent.template meet<kAll>(kClearBarrier);
   }
 }
 
@@ -119,6 +133,7 @@ DEVICE void consume(const BackwardQueriesSm90Params& params, const Shared& share
     const int key = n_block * kBlockN;
 
     float scores[kSize], gradients[kSize];
+    clear_absent_keys(shared, use, key, sequence.seqlen_k, shape.seqlen_k);
     shared.k.wait_full(use);
     tile::start_transposed<Element, Config::head_dim, kBlockM, kBlockN>(scores, shared.queries(), group_row, shared.k.stage(use));
     shared.v.wait_full(use);
@@ -156,14 +171,14 @@ DEVICE void consume(const BackwardQueriesSm90Params& params, const Shared& share
 
   arch::named_barrier_sync(kStageBarrier + consumer, arch::kWarpgroupSize);  // its rows of q have been read by all its warps
   const float scale[2] = {common.score.scale, common.score.scale};
-  const bool keep[2] = {true, true};
+  const int row = query + tile::lane_row();
+  const bool keep[2] = {!Config::used_queries || row < sequence.seqlen_q, !Config::used_queries || row + 8 < sequence.seqlen_q};
   tile::stage_slab_by_matrix<Element, kBlockM>(shared.queries(), warp_row, dq, scale, keep);
   arch::fence_async_proxy();
   arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
   if (warp_in_group == 0 && leader) {
-    for (int c = 0; c < tile::chunks(Config::head_dim); ++c)
-      arch::copy_box_to_global(params.dq, shared.queries() + (c * kBlockM + group_row) * tile::kChunkRowBytes,
-                               c * tile::kChunkColumns, first_query + group_row, work.head, work.batch);
+    tile::copy_rows_out<kBlockM>(params.dq, shared.queries(), group_row, 0, tile::chunks(Config::head_dim), first_query + group_row,
+                                 work.head, work.batch);
     arch::copy_to_global_commit();
     arch::copy_to_global_wait_read();
   }

@@ -12,6 +12,7 @@
 // dK = dS^T Q. Only dQ = dS K needs the dS of both warpgroups, through shared memory: each computes half of dQ, the columns of
 // one 64-column chunk (block_m 64) or 64 rows (block_m 128).
 #include "arch/sm90.cuh"
+#include "tile/absent.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gradient.cuh"
 #include "tile/mask.cuh"
@@ -66,7 +67,7 @@ struct Shared {
 };
 
 // Named barriers. Those of dq are between a consumer and the store warp.
-constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBarrier = 6;
+constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBarrier = 6, kClearBarrier = 8;
 constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads = arch::kWarpgroupSize + kWarpSize;
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
@@ -131,12 +132,24 @@ constexpr int kSize = kBlockM / 2;  // scores of a thread
 // Under a mask that cuts to the right, 64 queries before the keys of the second warpgroup see none of them: it has no products of its
 // own there, only its half of dq.
 constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
-// What softcap, dropout and ALiBi compute leaves fewer registers: per-query values are then loaded late, and scores become
-// operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
+// What softcap, dropout and ALiBi compute, and lengths to compare with, leave fewer registers: per-query values are then loaded late,
+// and scores become operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
 constexpr bool kAhead = !Config::dropout && !((Config::softcap || Config::alibi) && kBlockM == 128) &&
-                        !(Config::softcap && kBlind) && !(Config::alibi && !Config::with_dq);
+                        !(Config::softcap && (kBlind || Config::used_queries || Config::used_keys)) &&
+                        !(Config::alibi && !Config::with_dq);
 constexpr int kParts = Config::softcap && !kAhead ? 4 : Config::dropout ? 2 : 1;
 constexpr int kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
+
+// Zeroes keys that are absent: their dS is 0, which dQ = dS K multiplies with them. Their values meet nothing but masked scores.
+DEVICE void clear_absent_keys(const Shared& shared, const Work& work, int used, int allocated) {
+  if constexpr (Config::used_keys && Config::with_dq) {
+    const tile::AbsentRows<kBlockN> absent(work.n_block * kBlockN, used, allocated);
+    if (!absent.exist() || work.first.head >= work.end_head) return;
+    shared.q.wait_full(0);  // k came with it
+    absent.template clear<Config::head_dim, kConsumerThreads>(shared.keys);
+    absent.template meet<kConsumerThreads>(kClearBarrier);
+  }
+}
 
 DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int consumer) {
   const BackwardParams& common = params.common;
@@ -163,6 +176,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     }
   };
   decide_dropped(work.first);
+  clear_absent_keys(shared, work, sequence.seqlen_k, shape.seqlen_k);
   uint32 use = 0;
 #pragma unroll 1
   for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
@@ -189,6 +203,8 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
     };
 
+    tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, sequence.seqlen_q,
+                                                                  shape.seqlen_q, kClearBarrier);
     if constexpr (kBlind) {
       if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
         shared.q.wait_full(use);
@@ -319,12 +335,10 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   arch::fence_async_proxy();
   arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
   if (warp_in_group == 0 && leader) {
-    for (int c = 0; c < tile::chunks(Config::head_dim); ++c)
-      arch::copy_box_to_global(params.dk, shared.keys + (c * kBlockN + group_key) * tile::kChunkRowBytes, c * tile::kChunkColumns,
-                               done.block * kBlockN + group_key, done.head, done.batch);
-    for (int c = 0; c < tile::chunks(Config::head_dim_v); ++c)
-      arch::copy_box_to_global(params.dv, shared.values + (c * kBlockN + group_key) * tile::kChunkRowBytes,
-                               c * tile::kChunkColumns, done.block * kBlockN + group_key, done.head, done.batch);
+    const int row = done.block * kBlockN + group_key;
+    tile::copy_rows_out<kBlockN>(params.dk, shared.keys, group_key, 0, tile::chunks(Config::head_dim), row, done.head, done.batch);
+    tile::copy_rows_out<kBlockN>(params.dv, shared.values, group_key, 0, tile::chunks(Config::head_dim_v), row, done.head,
+                                 done.batch);
     arch::copy_to_global_commit();
     arch::copy_to_global_wait_read();
   }

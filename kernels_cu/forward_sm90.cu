@@ -10,6 +10,7 @@
 // A consumer keeps scores, probabilities and output in registers. It starts the scores of the next key block before the product
 // of the present probabilities with v, so that the tensor cores work while it exponentiates.
 #include "arch/sm90.cuh"
+#include "tile/absent.cuh"
 #include "tile/dropout.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/mask.cuh"
@@ -155,19 +156,16 @@ struct Turns {
 constexpr int kClearBarrier = 4;  // all consumers: values of absent keys are zeros
 constexpr int kStoreBarrier = 8;  // + consumer: the output of a warpgroup is staged
 
-// Zeroes the values of absent keys in the one block that also has used ones: their probabilities are 0, but 0 times the NaN that
-// a caller may keep there is NaN. All warpgroups share the work, also those that let the block pass by, and wait for each other,
-// so that no product reads a row before its zeros; none of them in its turn, for which others would wait forever. Whoever gives
-// the buffer back has been at the barrier, behind everybody's fence: the next copy into it comes after these writes.
+// Zeroes the values of absent keys in the one block that also has used ones. All warpgroups share the work, also those that let the
+// block pass by; none of them in its turn, for which others would wait forever.
 DEVICE void clear_absent_values(const Shared& shared, uint32 use, int n_block, int used, int allocated) {
   if constexpr (Config::used_keys) {
-    const int begin = used - n_block * kBlockN, end = min(allocated - n_block * kBlockN, kBlockN);
-    if (begin >= end) return;
+    const tile::AbsentRows<kBlockN> absent(n_block * kBlockN, used, allocated);
+    if (!absent.exist()) return;
+    constexpr int kAll = kConsumers * arch::kWarpgroupSize;
     shared.v.wait_full(use);
-    tile::clear_rows<kBlockN, Config::head_dim_v, kConsumers * arch::kWarpgroupSize>(shared.v.stage(use), begin, end,
-                                                                                     arch::thread_index() - arch::kWarpgroupSize);
-    arch::fence_async_proxy();
-    arch::named_barrier_sync(kClearBarrier, kConsumers * arch::kWarpgroupSize);
+    absent.template clear<Config::head_dim_v, kAll>(shared.v.stage(use));
+    absent.template meet<kAll>(kClearBarrier);
   }
 }
 
@@ -342,10 +340,9 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       arch::fence_async_proxy();
       arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
       if (storer) {
-        for (int staged = c; staged < min(c + kOutChunks, tile::chunks(Config::head_dim_v)); ++staged)
-          for (int row = group_row; row < group_row + tile::kWarpgroupRows; row += kGroupQueries)
-            arch::copy_box_to_global(params.out, shared.out + ((staged - c) * kBlockM + row) * tile::kChunkRowBytes,
-                                     staged * tile::kChunkColumns, first_query, at.head + head_of(row), at.batch);
+        for (int row = group_row; row < group_row + tile::kWarpgroupRows; row += kGroupQueries)
+          tile::copy_rows_out<kBlockM>(params.out, shared.out, row, c, min(c + kOutChunks, tile::chunks(Config::head_dim_v)),
+                                       first_query, at.head + head_of(row), at.batch);
         arch::copy_to_global_commit();
       }
     }

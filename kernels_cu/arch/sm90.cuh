@@ -71,8 +71,6 @@ template <int kPending = 0>
 DEVICE void copy_to_global_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-// Waits until they are visible in global memory.
-DEVICE void copy_to_global_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Makes this thread's ordinary writes to shared memory visible to copies and warpgroup products, which go another way.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -93,15 +93,14 @@ DEVICE void copy_tile(SharedAddress tile, const TensorMap& map, SharedAddress ba
     arch::copy_box_to_shared(tile + c * kRows * kChunkRowBytes, map, barrier, c * kChunkColumns, row, head, batch);
 }
 
-// Zeroes rows [begin, end) of a tile that has arrived, with threads 0 .. kThreads - 1. The swizzle stays within rows.
-template <int kRows, int kColumns, int kThreads>
-DEVICE void clear_rows(SharedAddress tile, int begin, int end, int thread) {
-  constexpr int kStep = 16;  // bytes that a thread writes at a time
-#pragma unroll
-  for (int c = 0; c < chunks(kColumns); ++c)
-#pragma unroll 1
-    for (int offset = begin * kChunkRowBytes + thread * kStep; offset < end * kChunkRowBytes; offset += kThreads * kStep)
-      arch::store_shared(tile + c * kRows * kChunkRowBytes + offset, 0.f, 0.f, 0.f, 0.f);
+// Copies rows of a tile, from tile_row on and as many as the map's boxes have, to those of a head from `row` on. The tile holds the
+// chunks of columns first_chunk .. end_chunk - 1. One thread, which then commits.
+template <int kRows>
+DEVICE void copy_rows_out(const TensorMap& map, SharedAddress tile, int tile_row, int first_chunk, int end_chunk, int row, int head,
+                          int batch) {
+  for (int c = first_chunk; c < end_chunk; ++c)
+    arch::copy_box_to_global(map, tile + ((c - first_chunk) * kRows + tile_row) * kChunkRowBytes, c * kChunkColumns, row, head,
+                             batch);
 }
 
 }  // namespace tile

@@ -24,13 +24,13 @@ FEATURES = {
     "alibi": {"alibi": True},
     "dropout": {"dropout_p": 0.1},
     "sinks": {"sinks": True},
-    "used_keys": {"used_keys": True},
+    "key_padding": {"key_padding": True},
     "deterministic": {"deterministic": True},
     "negative_scale": {"softmax_scale": -0.1},
     "narrow_rows": {"narrow": True},
 }
 PLAIN: tuple[str, ...] = ()
-WITHOUT_EXTRAS = ("window_left", "causal", "sinks", "used_keys", "deterministic")
+WITHOUT_EXTRAS = ("window_left", "causal", "sinks", "key_padding", "deterministic")
 RICHEST = (*WITHOUT_EXTRAS, "softcap", "alibi", "dropout")
 # The heaviest forms that a portable tile row must bear, by how many extras it serves (`TileRow.extras`).
 HEAVIEST = {
@@ -72,7 +72,7 @@ def problem(
     dtype: str = "bfloat16",
     alibi: bool = False,
     sinks: bool = False,
-    used_keys: bool = False,
+    key_padding: bool = False,
     narrow: bool = False,
     **keywords: object,
 ) -> Problem:
@@ -84,8 +84,8 @@ def problem(
         views["alibi_slopes"] = View.of((heads,), "float32")
     if sinks:
         views["sinks"] = View.of((heads,), "float32")
-    if used_keys:
-        views["seqused_k"] = View.of((batch,), "int32")
+    if key_padding:
+        views |= {name: View.of((batch,), "int32") for name in ("seqused_q", "seqused_k")}
     return Problem.build(views, **keywords)
 
 

@@ -72,7 +72,7 @@ def some(*kernels: matrix.Kernel | None) -> list[matrix.Kernel]:
 
 
 MEASURED = some(*(masked(row, mask) for row in FORWARD for mask in MEASURED_MASKS))
-QUICK = some(*(kernel_of(COMMON, mask, "float16") for mask in (*MEASURED_MASKS, ("used_keys",))))
+QUICK = some(*(kernel_of(COMMON, mask, "float16") for mask in (*MEASURED_MASKS, ("key_padding",))))
 PACKED = [
     kernel
     for row, num_kv_heads in zip(FORWARD, itertools.cycle((1, 2, 4)))
@@ -84,7 +84,7 @@ PACKED = [
 SLOW = some(
     *PACKED,
     *(masked(row, mask) for row in FORWARD for mask in MASKS[2:]),
-    *(masked(row, (*mask, "used_keys")) for row in FORWARD for mask in MEASURED_MASKS),
+    *(masked(row, (*mask, "key_padding")) for row in FORWARD for mask in MEASURED_MASKS),
     *(richest(row) for row in FORWARD),
     *(kernel_of(COMMON, features, "float16") for features in (*MASKS[2:], matrix.RICHEST)),
 )

@@ -34,6 +34,7 @@ HEAVY = tuple(
     for names in (("dropout",), ("softcap",), ("softcap", "dropout"))
     for other in ((), ("alibi",))
 )
+PADDED = tuple(("key_padding", *extras) for extras in ((), ("alibi",), *HEAVY))
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x"
 HERE = "arch::product_wait_here(shape.num_heads);"
 
@@ -150,6 +151,11 @@ def test_keys_and_values_alone(row, features, tmp_path):
 def test_softcap_and_dropout_have_their_registers(row, features, dtype, repeatable):
     kernel = kernels(row, (*features, *["deterministic"] * repeatable), dtype)["backward_sm90"]
     assert checked(kernel).registers == REGISTERS
+
+
+@pytest.mark.parametrize(("row", "features", "dtype"), cases(with_masks(*PADDED), PADDED[:1]))
+def test_key_padding_has_its_registers(row, features, dtype):
+    assert checked(kernels(row, features, dtype)["backward_sm90"]).registers == REGISTERS
 
 
 def test_products_of_a_step(plain):

@@ -21,7 +21,7 @@ FEATURES = [
     for mask in MASKS
     for count in range(len(EXTRAS) + 1)
     for extras in itertools.combinations(EXTRAS, count)
-] + [("negative_scale",)]
+] + [("negative_scale",), ("key_padding",), ("window_left", "causal", *EXTRAS, "key_padding")]
 QUICK = (matrix.PLAIN, ("causal",), EXTRAS, ("window_left", "causal", *EXTRAS))
 # Sizes of the tile rows, of their halves, and of the multiples of 32 between them.
 QUICK_SIZES = [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)]

@@ -103,7 +103,7 @@ FORWARD_BUGS = [
         before="operand_a(a + row_a * kChunkRowBytes, 16), operand_b(b, 16)",
         after="operand_a(a, 16), operand_b(b, 16)"),
     forward_bug("warpgroups store the same rows", error=TwinError, message=f"{PROXY}|{RACE}",
-        before="((staged - c) * kBlockM + row)", after="((staged - c) * kBlockM + row - group_row)"),
+        before="params.out, shared.out, row,", after="params.out, shared.out, row - group_row,"),
     forward_bug("output staged before the last one has left", error=TwinError, message=OVERWRITTEN,
         before="if (storer) arch::copy_to_global_wait_read();  // what was", after="// what was"),
     forward_bug("missing barrier before the output is staged", error=TwinError, message=OVERWRITTEN,
@@ -148,19 +148,19 @@ FORWARD_BUGS = [
     forward_bug("output not rescaled", error=WrongAnswer,
         before="tile::scale_rows(out, rescale);", after=";"),
     forward_bug("values of absent keys not cleared", error=WrongAnswer, case=PADDED,
-        before="if (begin >= end) return;", after="return;"),
+        before="if (!absent.exist()) return;\n    constexpr int kAll", after="return;\n    constexpr int kAll"),
     forward_bug("values of absent keys cleared from the next row on", error=WrongAnswer, case=PADDED,
-        before="const int begin = used - n_block", after="const int begin = used + 1 - n_block"),
+        before="begin(used - first_row)", after="begin(used + 1 - first_row)"),
     forward_bug("values of absent keys cleared in the first chunk only", error=WrongAnswer, case=PADDED,
         before="for (int c = 0; c < chunks(kColumns); ++c)\n#pragma unroll 1", after="for (int c = 0; c < 1; ++c)"),
     forward_bug("values of absent keys cleared before they arrive", error=TwinError, message=f"{ARRIVING}|{RACE}",
         case=PADDED,
-        before="return;\n    shared.v.wait_full(use);", after="return;"),
+        before="shared.v.wait_full(use);\n    absent.", after="absent."),
     forward_bug("missing proxy fence after values are cleared", error=TwinError, message=PROXY, case=PADDED,
-        before="arch::fence_async_proxy();\n    arch::named_barrier_sync(kClearBarrier",
-        after="arch::named_barrier_sync(kClearBarrier"),
+        before="arch::fence_async_proxy();\n    arch::named_barrier_sync(barrier, kThreads);",
+        after="arch::named_barrier_sync(barrier, kThreads);"),
     forward_bug("missing barrier after values are cleared", error=TwinError, message=f"{RACE}|{PROXY}", case=PADDED,
-        before="arch::named_barrier_sync(kClearBarrier, kConsumers * arch::kWarpgroupSize);", after=""),
+        before="arch::named_barrier_sync(barrier, kThreads);", after=""),
     forward_bug("a passing warpgroup does not clear", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
         before=CLEAR_IN_PASSING, after=""),
     forward_bug("a passing warpgroup clears in its turn", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
@@ -183,6 +183,13 @@ HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128
 ROWS = replace(HALVES, id="rows", seqlen_q=333, head_dim=64)
 HOLES = replace(HALVES, id="holes", dropout_p=0.3)
 CAPPED = replace(HALVES, id="capped", softcap=1.0)
+
+# Key padding that ends within a block; of queries in one that a warpgroup is blind for.
+PADDED_KEYS = Case("padded-keys", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, seqused_k=(150,))
+PADDED_QUERIES = replace(PADDED_KEYS, id="padded-queries", seqused_k=None, seqused_q=(150,))
+PADDED_BLIND = replace(PADDED_QUERIES, id="padded-blind", causal="top_left", seqused_q=(30,))
+PADDED_KEYS_ALONE = replace(PADDED_KEYS, id="padded-keys-alone", head_dim=192)
+PADDED_QUERIES_ALONE = replace(PADDED_QUERIES, id="padded-queries-alone", head_dim=192)
 
 backward_bug = partial(Bug, entry="backward_sm90", arch="sm_90a", case=HALVES)
 
@@ -250,6 +257,27 @@ BACKWARD_BUGS = [
     backward_bug("mask of the first part for all", error=WrongAnswer, case=CAPPED,
         before="select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
         after="select<KeyRows>(part_gradients, 0.f, query, key);"),
+    backward_bug("absent keys not cleared", error=WrongAnswer, case=PADDED_KEYS,
+        before="if (!absent.exist() || work.first.head >= work.end_head) return;", after="return;"),
+    backward_bug("absent keys cleared before they arrive", error=TwinError, message=f"{ARRIVING}|{RACE}",
+        case=PADDED_KEYS,
+        before="shared.q.wait_full(0);  // k came with it", after=""),
+    backward_bug("absent queries not cleared", error=WrongAnswer, case=PADDED_QUERIES,
+        before="    absent.template clear<Config::head_dim, kThreads>(q.stage(use));\n", after=""),
+    backward_bug("dout of absent queries not cleared", error=WrongAnswer, case=PADDED_QUERIES,
+        before="    absent.template clear<Config::head_dim_v, kThreads>(dout.stage(use));\n", after=""),
+    backward_bug("dout cleared before it arrives", error=TwinError, message=f"{ARRIVING}|{RACE}", case=PADDED_QUERIES,
+        before="    dout.wait_full(use);\n    absent", after="    absent"),
+    backward_bug("missing proxy fence after queries are cleared", error=TwinError, message=PROXY, case=PADDED_QUERIES,
+        before="arch::fence_async_proxy();\n    arch::named_barrier_sync(barrier, kThreads);",
+        after="arch::named_barrier_sync(barrier, kThreads);"),
+    backward_bug("missing barrier after queries are cleared", error=TwinError, message=f"{RACE}|{PROXY}",
+        case=PADDED_QUERIES,
+        before="arch::named_barrier_sync(barrier, kThreads);", after=""),
+    backward_bug("a blind warpgroup does not clear", error=TwinError, message=DEADLOCK, case=PADDED_BLIND,
+        before="    tile::clear_absent_queries<Config",
+        after="    if (query + kBlockM - 1 + sequence.offset + shape.window_right >= first_key + group_key)\n"
+              "      tile::clear_absent_queries<Config"),
 ]  # fmt: skip
 
 # dq alone: two warpgroups of queries, as many blocks of keys as it takes to come back to a buffer.
@@ -272,7 +300,7 @@ QUERIES_BUGS = [
                "    if (leader) shared.v.release(use);",
         after="if (leader) shared.v.release(use);\n    arch::product_wait_here(shape.num_heads);"),
     queries_bug("missing wait for the keys of dq", error=TwinError, message=RACE,
-        before="    shared.k.wait_full(use);\n", after=""),
+        before="    shared.k.wait_full(use);\n    tile::start", after="    tile::start"),
     queries_bug("missing wait for the values of dq", error=TwinError, message=f"{RACE}|{ARRIVING}",
         before="    shared.v.wait_full(use);\n", after=""),
     queries_bug("dout not announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
@@ -281,12 +309,12 @@ QUERIES_BUGS = [
     queries_bug("one reader of keys too few counted", error=TwinError,
         before="shared.k.init(kReaders);", after="shared.k.init(kReaders - 1);"),
     queries_bug("missing proxy fence before dq is stored", error=TwinError, message=PROXY,
-        before="arch::fence_async_proxy();", after=""),
+        before="arch::fence_async_proxy();\n  arch::named_barrier_sync(kStoreBarrier",
+        after="arch::named_barrier_sync(kStoreBarrier"),
     queries_bug("warpgroups store the same rows of dq", error=TwinError, message=f"{PROXY}|{RACE}",
-        before="shared.queries() + (c * kBlockM + group_row)", after="shared.queries() + (c * kBlockM)"),
+        before="shared.queries(), group_row, 0,", after="shared.queries(), 0, 0,"),
     queries_bug("wrong stride between chunks of dq", error=(TwinError, WrongAnswer),
-        before="(c * kBlockM + group_row) * tile::kChunkRowBytes",
-        after="(c * kBlockM / 2 + group_row) * tile::kChunkRowBytes"),
+        before="((c - first_chunk) * kRows + tile_row)", after="((c - first_chunk) * kRows / 2 + tile_row)"),
     queries_bug("delta of the thread's other row", error=WrongAnswer,
         before="(gradients[i] - delta[i / 2 % 2])", after="(gradients[i] - delta[1 - i / 2 % 2])"),
     queries_bug("cut dS of dq not masked", error=WrongAnswer, case=ALONE_CUT,
@@ -295,6 +323,10 @@ QUERIES_BUGS = [
         before="keep ? gradients[i] * common.dropout.scale : 0.f", after="gradients[i] * common.dropout.scale"),
     queries_bug("softcap of dq without its derivative", error=WrongAnswer, case=WIDE_CAPPED,
         before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
+    queries_bug("absent keys of dq not cleared", error=WrongAnswer, case=PADDED_KEYS_ALONE,
+        before="if (!absent.exist()) return;\n    constexpr int kAll", after="return;\n    constexpr int kAll"),
+    queries_bug("absent rows of dq kept", error=WrongAnswer, case=PADDED_QUERIES_ALONE,
+        before="{!Config::used_queries || row < sequence.seqlen_q,", after="{true,"),
 ]  # fmt: skip
 
 keys_bug = partial(Bug, entry="backward_keys_sm90", arch="sm_90a", case=replace(ALONE, id="apart", seqlen_q=333))
@@ -310,14 +342,14 @@ work.batch);
 
 KEYS_BUGS = [
     keys_bug("probabilities read before they are given", error=TwinError, message=RACE,
-        before="arch::named_barrier_sync(kFullBarrier + use % 2, 2 * arch::kWarpgroupSize);", after=""),
+        before="arch::named_barrier_sync(kFullBarrier + use % 2, kConsumerThreads);", after=""),
     keys_bug("probabilities of the other buffer", error=TwinError, message=RACE,
-        before="2 * arch::kWarpgroupSize);\n    const SharedAddress place = shared.probabilities(use);",
-        after="2 * arch::kWarpgroupSize);\n    const SharedAddress place = shared.probabilities(use + 1);"),
+        before="kConsumerThreads);\n    const SharedAddress place = shared.probabilities(use);",
+        after="kConsumerThreads);\n    const SharedAddress place = shared.probabilities(use + 1);"),
     keys_bug("probabilities given before they are written", error=TwinError, message=RACE,
-        before="arch::named_barrier_sync(kEmptyBarrier + use % 2, 2 * arch::kWarpgroupSize);",
-        after="arch::named_barrier_sync(kEmptyBarrier + use % 2, 2 * arch::kWarpgroupSize);\n"
-              "    arch::named_barrier_arrive(kFullBarrier + use % 2, 2 * arch::kWarpgroupSize);"),
+        before="arch::named_barrier_sync(kEmptyBarrier + use % 2, kConsumerThreads);",
+        after="arch::named_barrier_sync(kEmptyBarrier + use % 2, kConsumerThreads);\n"
+              "    arch::named_barrier_arrive(kFullBarrier + use % 2, kConsumerThreads);"),
     keys_bug("nobody says that the buffers of probabilities are empty", error=TwinError, message=DEADLOCK,
         before="buffer < 2; ++buffer) arch::named_barrier_arrive",
         after="buffer < 0; ++buffer) arch::named_barrier_arrive"),
@@ -335,13 +367,14 @@ KEYS_BUGS = [
     keys_bug("dv of a dout that is not waited for", error=TwinError, message=f"{RACE}|{ARRIVING}",
         before="    shared.dout.wait_full(use);\n    tile::start_registers", after="    tile::start_registers"),
     keys_bug("dv staged while v is read", error=TwinError, message=OVERWRITTEN,
-        before="arch::named_barrier_sync(kValuesReadBarrier, 2 * arch::kWarpgroupSize);", after=""),
+        before="arch::named_barrier_sync(kValuesReadBarrier, kConsumerThreads);", after=""),
     keys_bug("missing proxy fence before dk and dv are stored", error=TwinError, message=PROXY,
-        before="arch::fence_async_proxy();", after=""),
+        before="arch::fence_async_proxy();\n  arch::named_barrier_sync(barrier, arch::kWarpgroupSize);",
+        after="arch::named_barrier_sync(barrier, arch::kWarpgroupSize);"),
     keys_bug("one barrier for dk and dv", error=TwinError,
         before="work, kStoreBarrier + 1);", after="work, kStoreBarrier);"),
     keys_bug("wrong stride between chunks of dk and dv", error=WrongAnswer,
-        before="tile + c * kBlockN * tile::kChunkRowBytes", after="tile + c * kBlockN / 2 * tile::kChunkRowBytes"),
+        before="((c - first_chunk) * kRows + tile_row)", after="((c - first_chunk) * kRows / 2 + tile_row)"),
     keys_bug("dv with dropped probabilities", error=WrongAnswer, case=WIDE_HOLES,
         before="arch::pack_relu<Element>(scores[i], scores[i + 1])",
         after="arch::pack<Element>(arch::absolute(scores[i]), arch::absolute(scores[i + 1]))"),
@@ -353,4 +386,9 @@ KEYS_BUGS = [
         before="if constexpr (Config::softcap) tile::multiply(scores, derivative);", after=""),
     keys_bug("cut scores of dk and dv not masked", error=WrongAnswer, case=CUT,
         before="      band.template select<KeyRows>(scores, -arch::infinity(), query, key);", after=";"),
+    keys_bug("absent queries of dk and dv not cleared", error=WrongAnswer, case=PADDED_QUERIES_ALONE,
+        before="    absent.template clear<Config::head_dim, kThreads>(q.stage(use));\n", after=""),
+    keys_bug("only one warpgroup clears", error=TwinError, message=f"{RACE}|{DEADLOCK}", case=PADDED_QUERIES_ALONE,
+        before="shape.seqlen_q, kClearBarrier);\n\n    float gradients",
+        after="sequence.seqlen_q, kClearBarrier);\n\n    float gradients"),
 ]  # fmt: skip

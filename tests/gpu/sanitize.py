@@ -36,6 +36,9 @@ FAMILIES = [
     Case("d59-odd", seqlen_q=113, seqlen_k=77, head_dim=59, strides="odd"),
     Case("d64-rich", batch=2, num_heads=2, alibi="batch", softcap=2.0, sinks=True, dropout_p=0.1, dlse=True,
          seqused_q=(113, 65), seqused_k=(113, 40), causal=True, deterministic=True),
+    Case("d128-padded", batch=2, head_dim=128, seqused_q=(113, 65), seqused_k=(113, 40)),
+    Case("d192-padded", batch=2, head_dim=192, seqused_q=(113, 65), seqused_k=(113, 40)),
+    Case("d64-packed", batch=2, seqlen_q=20, seqlen_k=203, num_heads=8, num_kv_heads=1),
 ]  # fmt: skip
 
 

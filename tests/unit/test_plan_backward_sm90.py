@@ -146,7 +146,7 @@ def test_all_steps_agree_about_the_accumulator(row):
     assert config_of(steps[0])["block_n"] == 128
 
 
-FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
+FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout", "used_queries", "used_keys")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,8 @@ FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "drop
         ({"softcap": 5.0}, {"softcap", "scale_first"}),
         ({"dropout_p": 0.1}, {"dropout"}),
         ({"operands": SINKS}, set()),
+        ({"operands": {"seqused_q": LENGTHS}}, {"used_queries"}),
+        ({"operands": {"seqused_k": LENGTHS}}, {"used_keys"}),
     ],
 )
 def test_features_are_compiled_in(keywords, on):
@@ -209,8 +211,6 @@ OF_THE_FORWARD = {
 }
 ROWS_OF_60 = (BATCH, 1000, HEADS, 60)
 ITS_OWN = {
-    "used keys": (problem_of(operands={"seqused_k": LENGTHS}), "seqused_q and seqused_k need the portable backward"),
-    "used queries": (problem_of(operands={"seqused_q": LENGTHS}), "seqused_q and seqused_k need the portable backward"),
     "rows of dk": (
         problem_of(operands={name: strided(512_000, 512, 64, 1, shape=ROWS_OF_60) for name in "qk"}),
         "head_dim is 60; rows of dk are no multiples of 16 bytes",

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from test_plan_backward_sm90 import BATCH, HEADS, HOPPER, SHARED, SINKS, SLOPES, config_of, entries, problem_of
+from test_plan_backward_sm90 import (
+    BATCH,
+    HEADS,
+    HOPPER,
+    LENGTHS,
+    SHARED,
+    SINKS,
+    SLOPES,
+    config_of,
+    entries,
+    problem_of,
+)
 
 from cuflash.planner import plan_backward
 from cuflash.tiles_sm90 import backward_row, queries_row
@@ -97,6 +108,14 @@ def test_features_are_compiled_into_both_kernels(keywords, on):
     assert entries(plan)[:3] == WIDE
     for step in plan.steps[1:3]:
         assert {name for name in FLAGS if config_of(step)[name]} == on
+
+
+def test_kernels_know_the_padding_that_they_read():
+    """Absent keys meet only dq's products, absent queries those of dk and dv, and dq's own rows."""
+    lengths = {"seqused_q": LENGTHS, "seqused_k": LENGTHS}
+    _, queries, keys = plan_backward(problem_of(256, 192, operands=lengths), HOPPER).steps
+    assert config_of(queries)["used_queries"] and config_of(queries)["used_keys"]
+    assert config_of(keys)["used_queries"] and "used_keys" not in config_of(keys)
 
 
 def test_sinks_take_a_step_of_their_own():

@@ -105,7 +105,7 @@ KERNEL(32, 1) added_floats(GRID_CONSTANT HopperParams params) {
   if (arch::thread_index() == 0) {
     arch::add_floats_to_global(params.out, floats, 256);
     arch::copy_to_global_commit();
-    arch::copy_to_global_wait();
+    arch::copy_to_global_wait_read();
   }
 }
 

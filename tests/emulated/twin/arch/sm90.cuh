@@ -44,7 +44,6 @@ template <int kPending = 0>
 DEVICE void copy_to_global_wait_read() {
   twin::wait_until_read(kPending);
 }
-DEVICE void copy_to_global_wait() { twin::wait_until_written(); }
 DEVICE void fence_async_proxy() { twin::fence_proxy(); }
 
 // ---- registers and matrices ---------------------------------------------------------------------------------------------------------

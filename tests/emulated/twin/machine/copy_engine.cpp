@@ -150,18 +150,6 @@ void CopyEngine::wait_until_read(int thread, int pending_groups) {
   }
 }
 
-void CopyEngine::wait_until_written(int thread) {
-  wait_until_read(thread, 0);
-  for (size_t i = 0; i < departures_.size();) {
-    if (departures_[i].region.thread != thread || !departures_[i].was_waited_for) {
-      ++i;
-      continue;
-    }
-    write(departures_[i]);
-    departures_.erase(departures_.begin() + i);
-  }
-}
-
 const Departure* CopyEngine::unread_departure_of(int thread) const {
   for (const Departure& departure : departures_)
     if (departure.region.thread == thread && !departure.was_waited_for) return &departure;
@@ -231,7 +219,6 @@ void add_floats_to_global(void* global, uint32_t address, int bytes, Where where
 
 void commit_departures() { block->engine.commit_departures(thread); }
 void wait_until_read(int pending_groups) { block->engine.wait_until_read(thread, pending_groups); }
-void wait_until_written() { block->engine.wait_until_written(thread); }
 void fence_proxy() { block->shared.fence_proxy(thread); }
 
 }  // namespace twin

@@ -87,7 +87,6 @@ void copy_box_to_global(const void* map, uint32_t address, int column, int row, 
 void add_floats_to_global(void* global, uint32_t address, int bytes, Where where);
 void commit_departures();
 void wait_until_read(int pending_groups);
-void wait_until_written();
 void fence_proxy();
 
 // ---- Hopper: products of warpgroups -------------------------------------------------------------------------------------------------
