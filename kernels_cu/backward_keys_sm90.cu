@@ -81,14 +81,14 @@ using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
 DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
   const Work work(common.shape);
-  if (work.first.head == work.end_head) return;
+  if (work.is_empty()) return;
   const SharedAddress kv_barrier = shared.kv.begin_fill(0);
   const int key = work.n_block * kBlockN;
   tile::copy_tile<kBlockN, Config::head_dim>(shared.keys(), params.k, kv_barrier, key, work.kv_head, work.batch);
   tile::copy_tile<kBlockN, Config::head_dim_v>(shared.values(), params.v, kv_barrier, key, work.kv_head, work.batch);
   uint32 use = 0;
 #pragma unroll 1
-  for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
+  for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
     const int row = here.block * kBlockM;
     const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
     const SharedAddress q_barrier = shared.q.begin_fill(use);
@@ -130,10 +130,10 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
   float dv[Config::head_dim_v / 2];
   uint32 p[kSize / 2];
   tile::clear(dv);
-  if (work.first.head < work.end_head) shared.kv.wait_full(0);
+  if (!work.is_empty()) shared.kv.wait_full(0);
   uint32 use = 0;
 #pragma unroll 1
-  for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
+  for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
     const tile::Modifier<Config> modifier(common.score, work.batch, here.head);
     const tile::Dropout dropout(common.dropout, work.batch, here.head);
     const int query = here.block * kBlockM;
@@ -200,13 +200,13 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
   float dk[Config::head_dim / 2];
   uint32 ds[kSize / 2];
   tile::clear(dk);
-  if (work.first.head < work.end_head) {
+  if (!work.is_empty()) {
     for (int buffer = 0; buffer < 2; ++buffer) arch::named_barrier_arrive(kEmptyBarrier + buffer, kConsumerThreads);
     shared.kv.wait_full(0);
   }
   uint32 use = 0;
 #pragma unroll 1
-  for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
+  for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
     const int query = here.block * kBlockM;
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, sequence.seqlen_q,
                                                                   shape.seqlen_q, kClearBarrier);

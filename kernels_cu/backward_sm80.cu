@@ -77,14 +77,11 @@ DEVICE void to_score_gradients(float (&gradients)[kSize], const float (&probabil
 
 KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams params) {
   const Shape& shape = params.shape;
-  const tile::TileIndex index = tile::key_tile_of<Config>(shape, kBlockN);
-  const int n_block = index.block, kv_head = index.head, batch = index.batch;
+  const tile::KeyWork<Config, kBlockM, kBlockN> work(shape);
+  const int n_block = work.n_block, kv_head = work.kv_head, batch = work.batch;
   const tile::Sequence sequence(shape, batch);
   const tile::Band<Config> band(shape, sequence);
   const int first_key = n_block * kBlockN;
-  const tile::Range blocks = band.template query_blocks<kBlockM, kBlockN>(first_key);
-  const int first_head = kv_head * shape.group_size;
-  const int end_head = blocks.begin < blocks.end ? first_head + shape.group_size : first_head;
 
   const SharedAddress k_tile = arch::shared_base(), v_tile = k_tile + kKeyBytes, stages = v_tile + kValueBytes;
   const SharedAddress ds_tile = stages + Config::num_stages * kStageBytes;
@@ -114,18 +111,17 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
     tile::clear(dv[s]);
   }
 
-  const tile::QueryCursor first = {first_head, blocks.end - 1};
-  if (first.head < end_head) {
+  if (!work.is_empty()) {
     tile::load_tile<kBlockN, Config::head_dim, Config::load_bytes, kThreads>(
         k_tile, tile::HeadRows<Element>(params.k, batch, kv_head), first_key, sequence.seqlen_k, shape.head_dim);
     tile::load_tile<kBlockN, Config::head_dim_v, Config::load_bytes, kThreads>(
         v_tile, tile::HeadRows<Element>(params.v, batch, kv_head), first_key, sequence.seqlen_k, shape.head_dim_v);
-    load_stage(0, first);
+    load_stage(0, work.first());
   }
 
   int stage = 0;
 #pragma unroll 1
-  for (tile::QueryCursor here = first, next = here.next(blocks); here.head < end_head; here = next, next = here.next(blocks)) {
+  for (tile::QueryCursor here = work.first(), next = work.next(here); work.has(here); here = next, next = work.next(here)) {
     arch::copy_async_wait<0>();
     arch::block_barrier();  // this block has arrived for all warps, and all warps are done with the previous one
     const int head = here.head, m_block = here.block;
@@ -134,7 +130,7 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
     const SharedAddress row_lse = statistics + stage * kStatisticBytes + 4 * warp_query;
     if constexpr (Config::num_stages == 2) {
       stage ^= 1;
-      if (next.head < end_head) load_stage(stage, next);
+      if (work.has(next)) load_stage(stage, next);
     }
     const tile::Modifier<Config> modifier(params.score, batch, head);
     const tile::Dropout dropout(params.dropout, batch, head);
@@ -222,13 +218,13 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
 
     if constexpr (Config::num_stages == 1) {
       arch::block_barrier();
-      if (next.head < end_head) load_stage(0, next);
+      if (work.has(next)) load_stage(0, next);
     }
   }
 
   arch::block_barrier();  // k and v have been read: their places are free for dk and dv
   // Worked out anew: fewer registers through the loop.
-  const tile::TileIndex done = tile::key_tile_of<Config>(shape, kBlockN);
+  const tile::TileIndex done = tile::KeyWork<Config, kBlockM, kBlockN>::tile_of(shape);
   const int present_keys = tile::Sequence(shape, done.batch).seqlen_k;
   const int tile_key = done.block * kBlockN;
 #pragma unroll

@@ -82,7 +82,7 @@ DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
   const Work work(common.shape);
   uint32 use = 0;
 #pragma unroll 1
-  for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
+  for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
     const int row = here.block * kBlockM;
     const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
     const auto copy_values = [&](SharedAddress barrier) {
@@ -108,7 +108,7 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
   const Work work(params.shape);
   const bool leader = arch::lane_index() == 0;
 #pragma unroll 1
-  for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks)) {
+  for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here)) {
     float* accumulator = params.dq_accum + tile::statistic_offset(params.shape, work.batch, here.head, params.padded_seqlen_q,
                                                                   here.block * kBlockM) * Config::head_dim;
 #pragma unroll
@@ -130,7 +130,7 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
 
 constexpr int kSize = kBlockM / 2;  // scores of a thread
 // Under a mask that cuts to the right, 64 queries before the keys of the second warpgroup see none of them: it has no products of its
-// own there, only its half of dq.
+// own there, only its half of dq, and none in the steps that follow.
 constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
 // What softcap, dropout and ALiBi compute, and lengths to compare with, leave fewer registers: per-query values are then loaded late,
 // and scores become operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
@@ -144,7 +144,7 @@ constexpr int kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 DEVICE void clear_absent_keys(const Shared& shared, const Work& work, int used, int allocated) {
   if constexpr (Config::used_keys && Config::with_dq) {
     const tile::AbsentRows<kBlockN> absent(work.n_block * kBlockN, used, allocated);
-    if (!absent.exist() || work.first.head >= work.end_head) return;
+    if (!absent.exist() || work.is_empty()) return;
     shared.q.wait_full(0);  // k came with it
     absent.template clear<Config::head_dim, kConsumerThreads>(shared.keys);
     absent.template meet<kConsumerThreads>(kClearBarrier);
@@ -165,7 +165,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   float dk[Config::head_dim / 2], dv[Config::head_dim_v / 2];
   tile::clear(dk);
   tile::clear(dv);
-  if (Config::with_dq && warp_in_group == 0 && work.first.head < work.end_head)
+  if (Config::with_dq && warp_in_group == 0 && !work.is_empty())
     arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
   tile::Dropped<kSize> dropped;
   const auto decide_dropped = [&](const tile::QueryCursor& there) {
@@ -175,11 +175,11 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       arch::pin(dropped.word);  // else the compiler holds each decision by itself
     }
   };
-  decide_dropped(work.first);
+  decide_dropped(work.first());
   clear_absent_keys(shared, work, sequence.seqlen_k, shape.seqlen_k);
   uint32 use = 0;
 #pragma unroll 1
-  for (tile::QueryCursor here = work.first; here.head < work.end_head; here = here.next(work.blocks), ++use) {
+  for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
     const tile::Modifier<Config> modifier(common.score, work.batch, here.head);
     const int query = here.block * kBlockM, key = first_key + warp_key;
     const bool cut = band.template cuts<kBlockM, kBlockN>(query, first_key);
@@ -209,7 +209,6 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
         shared.q.wait_full(use);
         shared.dout.wait_full(use);
-        decide_dropped(here.next(work.blocks));
         if (leader) shared.dout.release(use);
         if constexpr (Config::with_dq) {
           const uint32 no_ds[kSize / 2] = {};
@@ -318,7 +317,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       end_dv();
     }
 
-    decide_dropped(here.next(work.blocks));  // beside the product of dk
+    decide_dropped(work.next(here));  // beside the product of dk
     arch::product_wait<0>();
     arch::pin(dk);
     arch::pin(ds);
@@ -326,7 +325,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   }
 
   arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v have been read: their places are free for dk and dv
-  const tile::TileIndex done = tile::key_tile_of<Config>(shape, kBlockN);
+  const tile::TileIndex done = Work::tile_of(shape);
   const float scale_k[2] = {common.score.scale, common.score.scale};
   const float scale_v[2] = {Config::dropout ? common.dropout.scale : 1.f, Config::dropout ? common.dropout.scale : 1.f};
   const bool keep[2] = {true, true};

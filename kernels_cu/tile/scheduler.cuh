@@ -41,43 +41,45 @@ DEVICE TileIndex query_tile_of(const Shape& shape, int index, int block_m, int n
   }
 }
 
-// Where the backward's work on a key block is: the heads of the group one after another, and each head's query blocks from the
-// last to the first. In that order a later key block never reaches a query block before an earlier one does, which the turns of
-// dq rely on.
+// Where the backward's work on a key block is.
 struct QueryCursor {
   int head;
   int block;
-
-  DEVICE QueryCursor next(const Range& blocks) const {
-    return block > blocks.begin ? QueryCursor{head, block - 1} : QueryCursor{head + 1, blocks.end - 1};
-  }
 };
 
-// The key block of a CTA of the backward: under a causal mask the first keys are seen by the most rows.
-template <class Config>
-DEVICE TileIndex key_tile_of(const Shape& shape, int block_n) {
-  const int num_blocks = ceil_divide(shape.seqlen_k, block_n);
-  if constexpr (Config::window_right)
-    return longest_first(arch::block_index(), num_blocks, shape.num_kv_heads, shape.batch, shape.section_heads);
-  return head_after_head(arch::block_index(), num_blocks, shape.num_kv_heads);
-}
-
-// What a CTA does for the keys of a block: all warps go through the query blocks in the same order.
+// What a CTA does for the keys of a block: all warps go through the query blocks in the same order, from the last to the first, and
+// through the heads of the group for each. Under a causal mask key blocks begin together and end one after another, so in this order
+// CTAs of one key/value head stay in step, and a query block is in L2 when the others want it; head after head they would drift apart.
+// A later key block never reaches a query block before an earlier one does, which the turns of dq rely on.
 template <class Config, int kBlockM, int kBlockN>
 struct KeyWork {
   int n_block, kv_head, batch;
   Range blocks;
-  int end_head;
-  QueryCursor first;
+  int first_head, end_head;
 
   DEVICE explicit KeyWork(const Shape& shape) {
-    const TileIndex index = key_tile_of<Config>(shape, kBlockN);
+    const TileIndex index = tile_of(shape);
     n_block = index.block, kv_head = index.head, batch = index.batch;
     const Band<Config> band(shape, Sequence(shape, batch));
     blocks = band.template query_blocks<kBlockM, kBlockN>(n_block * kBlockN);
-    first = {kv_head * shape.group_size, blocks.end - 1};
-    end_head = blocks.begin < blocks.end ? first.head + shape.group_size : first.head;
+    first_head = kv_head * shape.group_size;
+    end_head = first_head + shape.group_size;
   }
+
+  // Under a causal mask the first keys are seen by the most rows.
+  DEVICE static TileIndex tile_of(const Shape& shape) {
+    const int num_blocks = ceil_divide(shape.seqlen_k, kBlockN);
+    if constexpr (Config::window_right)
+      return longest_first(arch::block_index(), num_blocks, shape.num_kv_heads, shape.batch, shape.section_heads);
+    return head_after_head(arch::block_index(), num_blocks, shape.num_kv_heads);
+  }
+
+  DEVICE bool is_empty() const { return blocks.begin == blocks.end; }
+  DEVICE QueryCursor first() const { return {first_head, blocks.end - 1}; }
+  DEVICE QueryCursor next(const QueryCursor& at) const {
+    return at.head + 1 < end_head ? QueryCursor{at.head + 1, at.block} : QueryCursor{first_head, at.block - 1};
+  }
+  DEVICE bool has(const QueryCursor& at) const { return at.block >= blocks.begin; }
 };
 
 }  // namespace tile

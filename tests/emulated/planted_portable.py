@@ -90,7 +90,7 @@ BACKWARD_BUGS = [
         "if constexpr (!Config::window_left) return 0;", "if constexpr (!Config::window_left) return 1;",
         TwinError, "deadlock", case=DETERMINISTIC),
     Bug("only the first head of a group", "backward_sm80",
-        "Cursor{head + 1, blocks.end - 1}", "Cursor{head + 2, blocks.end - 1}", WrongAnswer, case=GROUPED),
+        "at.head + 1 < end_head ?", "at.head + 2 < end_head ?", WrongAnswer, case=GROUPED),
     Bug("dq accumulator not cleared", "backward_prepare",
         "tile::DqShare<Config>::clear(params, batch, head, m_block);", ";", WrongAnswer),
     Bug("dlse ignored", "backward_prepare", "delta - dlse[i];", "delta;", WrongAnswer, case=FEATURES),
@@ -109,7 +109,7 @@ BACKWARD_BUGS = [
         "parity ? random.word[h] : random.word[2 + h], 4)", "parity ? random.word[h] : random.word[2 + h], 8)",
         WrongAnswer, case=FEATURES),
     Bug("warps that share keys skip the barrier", "backward_sm80",
-        "arch::block_barrier();\n      if (next.head < end_head)", "if (next.head < end_head)", TwinError, RACE,
+        "arch::block_barrier();\n      if (work.has(next))", "if (work.has(next))", TwinError, RACE,
         tile="warps share keys"),
     Bug("dsinks sums one warp only", "backward_sinks", "warp < kWarps;", "warp < 1;", WrongAnswer, case=FEATURES),
 ]  # fmt: skip
