@@ -122,7 +122,8 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
 
 def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     layout, head_dim, head_dim_v = problem.layout, problem.head_dim, problem.head_dim_v
-    tile = backward_row(head_dim, head_dim_v, layout.seqlen_q, split=problem.deterministic)
+    light = problem.mask.right is None and problem.modifiers.softcap == 0
+    tile = backward_row(head_dim, head_dim_v, split=problem.deterministic, light=light)
     extras = (problem.modifiers.softcap != 0) + problem.modifiers.alibi + (problem.dropout is not None)
     dq_tile = queries_row(head_dim, head_dim_v, extras=extras) if tile.split else None
     config = score_config(problem) | {
@@ -136,6 +137,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "warpgroups": ("bool", True),
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
+        "next_scores": ("bool", tile.next_scores),
         "used_queries": ("bool", layout.used_q),
         "used_keys": ("bool", layout.used_k),
     }

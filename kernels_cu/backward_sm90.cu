@@ -129,6 +129,8 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
 }
 
 constexpr int kSize = kBlockM / 2;  // scores of a thread
+// Scores of the next step are started behind the products of this one, and run beside what else there is to do at its end.
+constexpr bool kNextScores = Config::next_scores;
 // Under a mask that cuts to the right, 64 queries before the keys of the second warpgroup see none of them: it has no products of its
 // own there, only its half of dq, and none in the steps that follow.
 constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
@@ -177,6 +179,23 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   };
   decide_dropped(work.first());
   clear_absent_keys(shared, work, sequence.seqlen_k, shape.seqlen_k);
+  const auto clear_absent_queries = [&](uint32 use, const tile::QueryCursor& there) {
+    tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, there.block * kBlockM,
+                                                                  sequence.seqlen_q, shape.seqlen_q, kClearBarrier);
+  };
+  const auto start_scores = [&](float(&scores)[kSize], uint32 use) {
+    tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.keys, group_key, shared.q.stage(use));
+  };
+  float next_scores[kSize];
+  if constexpr (kNextScores) {
+    if (!work.is_empty()) {
+      clear_absent_queries(0, work.first());
+      shared.q.wait_full(0);
+      start_scores(next_scores, 0);
+      arch::product_wait<0>();
+      arch::pin(next_scores);
+    }
+  }
   uint32 use = 0;
 #pragma unroll 1
   for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
@@ -203,8 +222,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
     };
 
-    tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, sequence.seqlen_q,
-                                                                  shape.seqlen_q, kClearBarrier);
+    if constexpr (!kNextScores) clear_absent_queries(use, here);
     if constexpr (kBlind) {
       if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
         shared.q.wait_full(use);
@@ -224,12 +242,13 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       }
     }
 
-    float scores[kSize], gradients[kSize];
+    float own_scores[kSize], gradients[kSize];
+    float(&scores)[kSize] = kNextScores ? next_scores : own_scores;
     tile::RowValues<kSize, kAhead> row_lse(shared.row_lse(use)), row_delta(shared.row_delta(use));
 
-    shared.q.wait_full(use);
+    if constexpr (!kNextScores) shared.q.wait_full(use);
     row_lse.load_ahead();  // now: such loads starve beside a product of 64 columns
-    tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.keys, group_key, shared.q.stage(use));
+    if constexpr (!kNextScores) start_scores(scores, use);
     shared.dout.wait_full(use);
     tile::start_transposed<Element, Config::head_dim_v, kBlockN, kBlockM>(gradients, shared.values, group_key,
                                                                           shared.dout.stage(use));
@@ -267,8 +286,10 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       if (cut) band.template select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);
       tile::to_operand<Element>(tile::part_of<kPart / 2>(ds, part), part_gradients);
     };
-    arch::product_wait<1>();
-    arch::pin(scores);
+    if constexpr (!kNextScores) {
+      arch::product_wait<1>();
+      arch::pin(scores);
+    }
     if constexpr (Config::softcap) {
       // Probabilities wait for dP: the derivative of the cap goes there, as it has no registers to wait in.
       modifier.cap(scores);
@@ -308,7 +329,14 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       start_dq(dq);
       end_dv();
       start_dk();
-      arch::product_wait<1>();
+      if constexpr (kNextScores) {
+        const tile::QueryCursor next = work.next(here);
+        const uint32 next_use = work.has(next) ? use + 1 : use;  // the last step's own scores again: no branch around a product
+        if (work.has(next)) clear_absent_queries(next_use, next);
+        shared.q.wait_full(next_use);
+        start_scores(scores, next_use);
+      }
+      arch::product_wait<kNextScores ? 2 : 1>();
       arch::pin(dq);
       hand_over_dq(dq);
     } else {
@@ -321,6 +349,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     arch::product_wait<0>();
     arch::pin(dk);
     arch::pin(ds);
+    if constexpr (kNextScores) arch::pin(scores);
     if (leader) shared.q.release(use);
   }
 

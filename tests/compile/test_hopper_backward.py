@@ -18,13 +18,13 @@ from cuflash.cuda.source import translation_unit
 from cuflash.device import require_cupy
 from cuflash.tiles_sm90 import BACKWARD, BackwardRow
 
-FUSED = [row for row in BACKWARD if not row.split]
+FUSED = [row for row in BACKWARD if not row.split and not row.light]  # a row each of both sizes of dq tiles
 
 # Exponentials of a step before the wait for dP, without a mask that cuts to the right and with one, and all of them,
-# by head_dim of the row. The rows were measured with this order: where a toolkit, or a change of the kernel, moves the
-# wait, measure again and record the new order here.
+# by head_dim of the row. The rows were measured with this order (but for the first, which is unmeasured): where a
+# toolkit, or a change of the kernel, moves the wait, measure again and record the new order here.
 RECORDED_WITH = (13, 0)  # NVRTC
-EXPONENTIALS_BEFORE_WAIT = {64: (46, 46, 64), 128: (24, 27, 32)}
+EXPONENTIALS_BEFORE_WAIT = {64: (45, 46, 64), 128: (24, 27, 32)}
 REGISTERS = 168  # a thread, before they change hands: all that 65536 allow three warpgroups
 MASKS = (matrix.PLAIN, ("causal",), ("window_left",), ("window_left", "causal"))
 QUICK_MASKS = MASKS[:2]
@@ -58,10 +58,9 @@ def main_loop(sass: str) -> list[str]:
 
 
 def exponentials_before_wait(loop: list[str]) -> int:
-    """Exponentials between the wait for the scores, which leaves dP under way, and the first that leaves nothing."""
-    scores = next(index for index, line in enumerate(loop) if line.startswith(f"{WAIT}1"))
+    """Exponentials before the first wait that leaves no product under way."""
     gradients = next(index for index, line in enumerate(loop) if line.startswith(f"{WAIT}0"))
-    return sum("MUFU.EX2" in line for line in loop[scores:gradients])
+    return sum("MUFU.EX2" in line for line in loop[:gradients])
 
 
 def products(loop: list[str]) -> list[str]:
@@ -164,7 +163,9 @@ def test_products_of_a_step(plain):
     found = products(main_loop(sass))
     queries, columns, square = f"64x{row.block_m}", f"64x{row.head_dim}", "64x64"
     depth, rows, keys = row.head_dim // 16, row.block_m // 16, 128 // 16
-    assert found == [queries] * 2 * depth + [columns] * rows + [square] * keys + [columns] * rows
+    scores, gradients = [queries] * depth, [columns] * rows + [square] * keys + [columns] * rows
+    next_scores = kernels(row, matrix.PLAIN)["backward_sm90"].plan.tile.next_scores
+    assert found == ([*scores, *gradients, *scores] if next_scores else [*scores, *scores, *gradients])
 
 
 def test_registers_change_hands(plain):

@@ -183,10 +183,12 @@ HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128
 ROWS = replace(HALVES, id="rows", seqlen_q=333, head_dim=64)
 HOLES = replace(HALVES, id="holes", dropout_p=0.3)
 CAPPED = replace(HALVES, id="capped", softcap=1.0)
+EARLY = replace(ROWS, id="early", causal=False)  # scores of the next queries at the end of a step
 
 # Key padding that ends within a block; of queries in one that a warpgroup is blind for.
 PADDED_KEYS = Case("padded-keys", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, seqused_k=(150,))
 PADDED_QUERIES = replace(PADDED_KEYS, id="padded-queries", seqused_k=None, seqused_q=(150,))
+PADDED_EARLY = replace(PADDED_QUERIES, id="padded-early", head_dim=64)
 PADDED_BLIND = replace(PADDED_QUERIES, id="padded-blind", causal="top_left", seqused_q=(30,))
 PADDED_KEYS_ALONE = replace(PADDED_KEYS, id="padded-keys-alone", head_dim=192)
 PADDED_QUERIES_ALONE = replace(PADDED_QUERIES, id="padded-queries-alone", head_dim=192)
@@ -206,7 +208,7 @@ BACKWARD_BUGS = [
         after="16 * t + lane % 8 + lane / 8 % 2 * 8, column + lane / 16 * 8"),
     backward_bug("queries of the backward released early", error=TwinError, message=OVERWRITTEN,
         before="arch::product_wait<0>();\n    arch::pin(dk);\n    arch::pin(ds);\n"
-               "    if (leader) shared.q.release(use);",
+               "    if constexpr (kNextScores) arch::pin(scores);\n    if (leader) shared.q.release(use);",
         after="if (leader) shared.q.release(use);\n    arch::product_wait<0>();"),
     backward_bug("dS overwritten in flight", error=TwinError, message=UNDER_WAY,
         before="arch::product_wait<0>();\n    arch::pin(dk);", after="arch::pin(dk);"),
@@ -272,9 +274,18 @@ BACKWARD_BUGS = [
         case=PADDED_QUERIES,
         before="arch::named_barrier_sync(barrier, kThreads);", after=""),
     backward_bug("a blind warpgroup does not clear", error=TwinError, message=DEADLOCK, case=PADDED_BLIND,
-        before="    tile::clear_absent_queries<Config",
-        after="    if (query + kBlockM - 1 + sequence.offset + shape.window_right >= first_key + group_key)\n"
-              "      tile::clear_absent_queries<Config"),
+        before="if constexpr (!kNextScores) clear_absent_queries(use, here);",
+        after="if (query + kBlockM - 1 + sequence.offset + shape.window_right >= first_key + group_key)\n"
+              "      clear_absent_queries(use, here);"),
+    backward_bug("missing wait for the next queries", error=TwinError, message=f"{ARRIVING}|{RACE}", case=EARLY,
+        before="shared.q.wait_full(next_use);", after=""),
+    backward_bug("next scores of the present queries", error=WrongAnswer, case=EARLY,
+        before="start_scores(scores, next_use);", after="start_scores(scores, use);"),
+    backward_bug("next scores read while their product runs", error=TwinError, message=UNDER_WAY, case=EARLY,
+        before="arch::product_wait<0>();\n    arch::pin(dk);\n    arch::pin(ds);\n    if constexpr (kNextScores)",
+        after="arch::product_wait<1>();\n    if constexpr (kNextScores)"),
+    backward_bug("next queries not cleared", error=WrongAnswer, case=PADDED_EARLY,
+        before="if (work.has(next)) clear_absent_queries(next_use, next);", after=""),
 ]  # fmt: skip
 
 # dq alone: two warpgroups of queries, as many blocks of keys as it takes to come back to a buffer.

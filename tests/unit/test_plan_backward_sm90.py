@@ -297,10 +297,11 @@ def test_aligned_dout_of_any_positive_strides_is_addressed():
 
 @pytest.mark.parametrize("row", FUSED, ids=lambda row: str(row.head_dim))
 def test_explain_shows_the_row_and_its_reason(row):
-    plan = plan_backward(problem_of(row.head_dim, row.head_dim, causal=True), HOPPER)
+    plan = plan_backward(problem_of(row.head_dim, row.head_dim, causal=not row.light), HOPPER)
     assert plan.tile == row
     text = plan.explain({"backward_sm90": 168})
-    assert f"tile {row.block_m}x128, 2 consumer warpgroups, head_dim {row.head_dim}: {row.reason}\n" in text
+    early = ", next scores early" * row.next_scores
+    assert f"tile {row.block_m}x128, 2 consumer warpgroups, head_dim {row.head_dim}{early}: {row.reason}\n" in text
     shared = row.shared_bytes(row.head_dim, row.head_dim)
     line = f"backward_sm90 [sm_90a]: grid {plan.steps[1].grid}, 384 threads, {shared} B shared, 168 registers"
     assert f"{line}, 1 blocks per SM\n" in text
@@ -314,6 +315,24 @@ def test_floor_counts_five_products_and_the_workspace():
     rows = BATCH * HEADS * 1024
     operands = 2 * 4 * 2 * math.prod((BATCH, 1000, HEADS, 128))
     assert plan.bytes == operands + 4 * BATCH * HEADS * 1000 + 2 * 4 * (rows * 128 + 2 * rows)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "light"),
+    [
+        ({}, True),
+        ({"window_size": (5, None)}, True),
+        ({"dropout_p": 0.1}, True),
+        ({"causal": True}, False),
+        ({"window_size": (None, 5)}, False),
+        ({"softcap": 5.0}, False),
+        ({"deterministic": True}, False),
+    ],
+)
+def test_scores_are_started_early_where_that_pays_and_registers_suffice(keywords, light):
+    plan = plan_backward(problem_of(64, 64, **keywords), HOPPER)
+    main = next(step for step in plan.steps if step.spec.entry == "backward_sm90")
+    assert (plan.tile.light, plan.tile.next_scores, config_of(main)["next_scores"]) == (light, light, light)
 
 
 def test_plans_are_values():
