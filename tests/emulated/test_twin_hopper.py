@@ -88,6 +88,36 @@ def tile(rows: int, columns: int, dtype: type = np.float16, seed: int = 0) -> np
     return np.random.default_rng(seed).standard_normal((rows, columns)).astype(dtype)
 
 
+class HandoverParams(ctypes.Structure):
+    _fields_ = [("out", ctypes.c_void_p), ("early_read", ctypes.c_int), ("padding", ctypes.c_int)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("early_read", [False, True])
+def test_a_hand_over_by_arrivals_is_ordered(early_read: bool, seed: int) -> None:
+    """What compute-sanitizer is asked on a GPU: tests/gpu/sanitize.py."""
+    text = "struct Bfloat16;\nstruct Float16;\n"
+    text += source.flatten("handover.cu", (twin.TWIN_FOLDER, PROBES, source.kernels_folder()))
+    out = np.full(128, np.nan, np.float32)
+    params = HandoverParams(out.ctypes.data, early_read)
+    kernel = twin.Kernel(twin.compile_text(text, ("hand_over",)), "hand_over")
+    launch = functools.partial(
+        kernel.launch,
+        ctypes.addressof(params),
+        grid=1,
+        threads=256,
+        shared_bytes=2 * 128 * 16,
+        memory=Memory([], [out]),
+        schedule=Schedule(seed),
+    )
+    if early_read:
+        with pytest.raises(TwinError, match="race: this thread"):
+            launch()
+    else:
+        launch()
+        np.testing.assert_array_equal(out, 6 * (4 * np.arange(128) + 6) + 4 * 15)
+
+
 def test_params_mirror_the_probes() -> None:
     assert ctypes.sizeof(HopperParams) % tensor_map.ALIGNMENT == 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu import gpu_record, sanitize
+from gpu import gpu_record
 from rich.console import Console
 
 from benchmarks import (
@@ -356,12 +356,6 @@ class TestRecord:
         )
         assert other["counts"] == {"passed": 1}
         json.dumps(other)
-
-    def test_sanitizer_summaries(self):
-        assert sanitize.errors_in("x\n========= ERROR SUMMARY: 0 errors\n") == 0
-        assert sanitize.errors_in("========= ERROR SUMMARY: 12 errors") == 12
-        assert sanitize.errors_in("========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)") == 3
-        assert sanitize.errors_in("killed") is None
 
 
 class TestOtherMeasurements:
