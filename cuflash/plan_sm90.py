@@ -84,13 +84,13 @@ def _row_obstacle(name: str, keyword: str, columns: int) -> str | None:
 
 def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     layout = problem.layout
-    heavy = scale_first(problem) or problem.dropout is not None
+    extras = scale_first(problem) + (problem.modifiers.softcap != 0) + 2 * (problem.dropout is not None)
     causal = problem.mask.right is not None
     sizes = (problem.head_dim, problem.head_dim_v, layout.seqlen_q)
-    tile = forward_row(*sizes, causal=causal, heavy=heavy)
+    tile = forward_row(*sizes, causal=causal, extras=extras)
     heads = packed_heads(problem.group_size, layout.seqlen_q, tile.block_m)
     if heads > 1:
-        tile = forward_row(*sizes, causal=causal, heavy=heavy, packed=True)
+        tile = forward_row(*sizes, causal=causal, extras=extras, packed=True)
     queries = tile.block_m // heads
     config = score_config(problem) | {
         "block_n": ("int", tile.block_n),

@@ -11,7 +11,7 @@ from cuflash.plan import KernelSpec, Plan, Step
 from cuflash.planner import plan_backward, plan_forward
 from cuflash.problem import Problem, View
 from cuflash.tiles import ANY, rows_for
-from cuflash.tiles_sm90 import FORWARD
+from cuflash.tiles_sm90 import FORWARD, ForwardRow
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 PASSES = {"forward": plan_forward, "backward": plan_backward}
@@ -114,8 +114,13 @@ def hopper_rows() -> Iterator[Kernel]:
     """Every row of the Hopper forward, plain and in the heaviest form that it serves."""
     for row in FORWARD:
         size = {"head_dim": row.head_dim, "head_dim_v": row.head_dim_v, "seqlen": row.longest or 4096}
-        for features in (PLAIN, RICHEST if row.heavy else WITHOUT_EXTRAS):
+        for features in (PLAIN, heaviest(row)):
             yield from kernels_of("sm_90a", "forward", features, **size, kernels="sm90")
+
+
+def heaviest(row: ForwardRow) -> tuple[str, ...]:
+    """The most features that a row of the Hopper forward serves at once."""
+    return RICHEST if row.extras == ANY else (*WITHOUT_EXTRAS, "alibi")
 
 
 def feature_pairs(arch: str, pass_: str, head_dim: int, kernels: str = "sm80") -> Iterator[Kernel]:

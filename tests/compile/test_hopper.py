@@ -19,19 +19,20 @@ from cuflash.device import require_cupy
 from cuflash.tiles_sm90 import FORWARD, ForwardRow
 
 # Exponentials of the main loop before the wait, of full and of causal kernels (None where the row serves no such ones),
-# by head_dim, head_dim_v, longest, causal and heavy of the row. Each row's speed was measured with these orders: a
+# by head_dim, head_dim_v, longest, causal and tile of the row. Each row's speed was measured with these orders: a
 # toolkit, or a change of the kernel, that moves the wait makes the measurements worthless and fails the check. Measure
 # again, then record the new order here. Another NVRTC may choose otherwise only where the row leaves the place to it.
 RECORDED_WITH = (13, 0)  # NVRTC
 EXPONENTIALS_BEFORE_WAIT = {
-    (64, 64, None, None, False): (10, 3),
-    (64, 64, None, None, True): (18, 18),
-    (128, 128, None, None, True): (18, 18),
-    (192, 128, None, None, True): (18, 18),
-    (192, 192, None, None, True): (16, 16),
-    (256, 256, None, True, True): (None, 6),
-    (256, 256, 1024, None, True): (6, None),
-    (256, 256, None, None, True): (12, None),
+    (64, 64, None, None, "192x128"): (10, 3),
+    (64, 64, None, None, "192x96"): (0, 0),
+    (64, 64, None, None, "128x128"): (18, 18),
+    (128, 128, None, None, "128x128"): (18, 18),
+    (192, 128, None, None, "128x128"): (18, 18),
+    (192, 192, None, None, "128x112"): (16, 16),
+    (256, 256, None, True, "128x64"): (None, 6),
+    (256, 256, 1024, None, "128x64"): (6, None),
+    (256, 256, None, None, "128x80"): (12, None),
 }
 REGISTERS = {2: 168, 3: 128}  # a thread, before they change hands, by consumer warpgroups: all that 65536 allow
 RESCALING = 2  # exponentials of a step that are not scores: how much the two rows' earlier sums shrink
@@ -56,15 +57,23 @@ def kernel_of(row: ForwardRow, features: tuple[str, ...], dtype: str = "bfloat16
     return kernel if kernel.plan.tile == row else None
 
 
+def packed(row: ForwardRow, features: tuple[str, ...]) -> matrix.Kernel | None:
+    """The same where heads share tiles."""
+    sizes = {"head_dim": row.head_dim, "head_dim_v": row.head_dim_v, "seqlen": 8, "num_kv_heads": 1}
+    (kernel,) = matrix.kernels_of("sm_90a", "forward", features, **sizes, kernels="sm90")
+    return kernel if kernel.plan.tile == row else None
+
+
 def masked(row: ForwardRow, mask: tuple[str, ...]) -> matrix.Kernel | None:
-    """The row's kernel with this mask, and with dropout where it only serves what needs registers."""
-    return kernel_of(row, mask) or kernel_of(row, (*mask, "dropout"))
+    """The row's kernel with this mask, and with dropout or heads that share tiles where it only serves such."""
+    return kernel_of(row, mask) or kernel_of(row, (*mask, "dropout")) or packed(row, mask)
 
 
 def richest(row: ForwardRow) -> matrix.Kernel | None:
     """The row's kernel with all features that it serves at once."""
-    features = matrix.RICHEST if row.heavy else matrix.WITHOUT_EXTRAS
-    return kernel_of(row, features) or kernel_of(row, tuple(name for name in features if name != "causal"))
+    features = matrix.heaviest(row)
+    without_causal = tuple(name for name in features if name != "causal")
+    return kernel_of(row, features) or kernel_of(row, without_causal) or packed(row, features)
 
 
 def some(*kernels: matrix.Kernel | None) -> list[matrix.Kernel]:
@@ -124,9 +133,13 @@ def exponentials_before_wait(loop: list[str]) -> int:
     return sum("MUFU.EX2" in line for line in loop[last_product:wait])
 
 
+def order_key(row: ForwardRow) -> tuple:
+    return row.head_dim, row.head_dim_v, row.longest, row.causal, f"{row.block_m}x{row.block_n}"
+
+
 def recorded(kernel: matrix.Kernel) -> int:
     row = kernel.plan.tile
-    orders = EXPONENTIALS_BEFORE_WAIT[row.head_dim, row.head_dim_v, row.longest, row.causal, row.heavy]
+    orders = EXPONENTIALS_BEFORE_WAIT[order_key(row)]
     return orders["causal" in kernel.features]
 
 
@@ -156,7 +169,7 @@ def test_fits_registers(kernel, tmp_path):
 def test_every_row_has_its_order_recorded():
     for row in FORWARD:
         assert richest(row) is not None
-        orders = EXPONENTIALS_BEFORE_WAIT[row.head_dim, row.head_dim_v, row.longest, row.causal, row.heavy]
+        orders = EXPONENTIALS_BEFORE_WAIT[order_key(row)]
         kernels = [masked(row, mask) for mask in MEASURED_MASKS]
         assert [order is None for order in orders] == [kernel is None for kernel in kernels]
         if row.eighths_before_wait:

@@ -28,23 +28,22 @@ LONGEST_BOX = 256  # rows that the copy engine moves at once
 
 
 def row_id(row) -> str:
-    heavy = "-heavy" if row.heavy else ""
-    return f"{row.head_dim}x{row.head_dim_v}-{row.longest or 'any'}-{row.causal}{heavy}"
+    return f"{row.head_dim}x{row.head_dim_v}-{row.longest or 'any'}-{row.causal}-{row.block_m}x{row.block_n}"
 
 
 rows = pytest.mark.parametrize("row", FORWARD, ids=row_id)
 
 
-@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("extras", range(5))
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q", [0, 1, 512, 513, 1024, 1025, 1 << 29])
-def test_every_problem_has_a_row_that_fits(seqlen_q, causal, heavy):
+def test_every_problem_has_a_row_that_fits(seqlen_q, causal, extras):
     for head_dim, head_dim_v in PAIRS:
-        row = forward_row(head_dim, head_dim_v, seqlen_q, causal=causal, heavy=heavy)
+        row = forward_row(head_dim, head_dim_v, seqlen_q, causal=causal, extras=extras)
         assert row.shared_bytes(head_dim, head_dim_v) <= SHARED
         assert row.head_dim >= head_dim and row.head_dim_v >= head_dim_v
-        assert row.heavy or not heavy
-        packed = forward_row(head_dim, head_dim_v, seqlen_q, causal=causal, heavy=heavy, packed=True)
+        assert row.extras >= extras
+        packed = forward_row(head_dim, head_dim_v, seqlen_q, causal=causal, extras=extras, packed=True)
         assert packed.block_m == PACKED_ROWS
 
 
@@ -76,7 +75,6 @@ def test_row_is_one_that_the_kernel_can_be_compiled_for(row):
     assert row.block_n % 16 == 0, "a product contracts 16 keys"
     assert max(row.block_m, row.block_n) <= LONGEST_BOX
     assert 0 <= row.eighths_before_wait < 8
-    assert not row.heavy or row.num_consumers == 2, "160 registers do not bear it"
     scores_and_out = row.block_n // 2 + row.block_n // 4 + row.head_dim_v // 2
     assert scores_and_out < {2: 232, 3: 160}[row.num_consumers], "scores, probabilities and output stay in registers"
 
@@ -86,8 +84,9 @@ def test_row_is_reached(row):
     seqlen_q = row.longest or 1 << 20
     causals = (False, True) if row.causal is None else (row.causal,)
     sizes = (row.head_dim, row.head_dim_v, seqlen_q)
-    chosen = {forward_row(*sizes, causal=causal, heavy=heavy) for causal in causals for heavy in (False, True)}
-    assert row in chosen
+    demands = itertools.product(causals, range(5), (False, True))
+    keywords = (dict(zip(("causal", "extras", "packed"), demand, strict=True)) for demand in demands)
+    assert row in {forward_row(*sizes, **demand) for demand in keywords}
 
 
 def backward_id(row) -> str:
@@ -173,33 +172,33 @@ def test_reason_is_a_measured_ratio_or_says_that_it_is_none(row):
 
 
 @pytest.mark.parametrize(
-    ("head_dims", "seqlen_q", "causal", "heavy", "rows_and_keys"),
+    ("head_dims", "seqlen_q", "causal", "extras", "rows_and_keys"),
     [
-        ((64, 64), 4096, False, False, (192, 128)),
-        ((64, 64), 4096, True, False, (192, 128)),
-        ((64, 64), 1024, False, False, (192, 128)),
-        ((64, 64), 1024, True, False, (192, 128)),
-        ((64, 64), 4096, False, True, (128, 128)),
-        ((33, 64), 4096, False, False, (192, 128)),
-        ((64, 65), 4096, False, False, (128, 128)),
-        ((128, 128), 4096, True, True, (128, 128)),
-        ((192, 128), 4096, True, False, (128, 128)),
-        ((129, 32), 4096, True, False, (128, 128)),
-        ((192, 192), 4096, True, False, (128, 112)),
-        ((128, 192), 4096, True, False, (128, 112)),
-        ((256, 256), 4096, True, False, (128, 64)),
-        ((256, 256), 1024, False, False, (128, 64)),
-        ((256, 256), 1025, False, False, (128, 80)),
-        ((193, 64), 4096, False, True, (128, 80)),
+        ((64, 64), 4096, False, 0, (192, 128)),
+        ((64, 64), 4096, True, 0, (192, 128)),
+        ((64, 64), 1024, False, 1, (192, 128)),
+        ((64, 64), 1024, True, 2, (192, 96)),
+        ((64, 64), 4096, False, 4, (192, 96)),
+        ((33, 64), 4096, False, 0, (192, 128)),
+        ((64, 65), 4096, False, 0, (128, 128)),
+        ((128, 128), 4096, True, 4, (128, 128)),
+        ((192, 128), 4096, True, 0, (128, 128)),
+        ((129, 32), 4096, True, 0, (128, 128)),
+        ((192, 192), 4096, True, 0, (128, 112)),
+        ((128, 192), 4096, True, 0, (128, 112)),
+        ((256, 256), 4096, True, 0, (128, 64)),
+        ((256, 256), 1024, False, 0, (128, 64)),
+        ((256, 256), 1025, False, 0, (128, 80)),
+        ((193, 64), 4096, False, 4, (128, 80)),
     ],
 )
-def test_row_choice(head_dims, seqlen_q, causal, heavy, rows_and_keys):
-    row = forward_row(*head_dims, seqlen_q, causal=causal, heavy=heavy)
+def test_row_choice(head_dims, seqlen_q, causal, extras, rows_and_keys):
+    row = forward_row(*head_dims, seqlen_q, causal=causal, extras=extras)
     assert (row.block_m, row.block_n) == rows_and_keys
 
 
 def test_out_has_shared_memory_of_its_own_or_that_of_q():
-    own, shared = forward_row(128, 128, 4096, causal=True, heavy=False), FORWARD[-1]
+    own, shared = forward_row(128, 128, 4096, causal=True, extras=0), FORWARD[-1]
     assert (own.out_chunks, shared.out_chunks) == (2, 0)
     tile, k_and_v, rest = 128 * 128 * 2, 2 * 2 * 128 * 128 * 2, 2 * 4 * 8 + 48
     assert own.shared_bytes(128, 128) == 2 * tile + tile + k_and_v + rest + 2 * 2 * 8
