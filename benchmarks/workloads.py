@@ -43,7 +43,8 @@ class Cell:
         'd128-causal-8k'
         """
         width = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}v{self.head_dim_v}"
-        parts = [f"d{width}", self.mask, short_length(self.seqlen_q)]
+        lengths = dict.fromkeys(map(short_length, (self.seqlen_q, self.seqlen_k)))
+        parts = [f"d{width}", self.mask, "x".join(lengths)]
         if self.num_kv_heads != self.num_heads:
             parts.append(f"gqa{self.num_heads}x{self.num_kv_heads}")
         if self.feature != "plain":
@@ -139,6 +140,9 @@ GROUPS: dict[str, tuple[Cell, ...]] = {
     "hopper": tuple(square(d, s, mask) for d in (64, 128, 256) for mask in ("full", "causal") for s in LENGTHS),
     "gqa": tuple(
         square(128, s, mask, num_heads=64, num_kv_heads=8) for mask in ("full", "causal") for s in LENGTHS[:-1]
+    ),
+    "few": tuple(
+        Cell(16, queries, 8192, 64, 8, d, d, "causal") for d in (64, 128) for queries in (1, 16, 64)
     ),
     "features": tuple(
         square(d, s, **{"mask": "causal", **change}) for d in (64, 128) for s in FEATURE_LENGTHS for change in FEATURES

@@ -90,7 +90,7 @@ def test_bench_without_a_checkout_compares_here(short_charts, monkeypatch, tmp_p
 
 def test_bench_in_a_checkout_is_the_benchmarks(capsys):
     assert command_line.main(["bench", "--dry-run", "--cells", "smoke", "--providers", "cuflash_numpy"]) == 0
-    assert "d64-full-113-float32" in capsys.readouterr().out
+    assert "d64-full-113x203-float32" in capsys.readouterr().out
 
 
 def test_needs_nothing_but_the_base_dependencies():

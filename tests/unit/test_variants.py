@@ -1,0 +1,66 @@
+"""Variants change what is planned, compiled and kept while they apply, and nothing afterwards."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import ahead, variants
+from benchmarks.variants import Change, questions
+from benchmarks.workloads import select
+from cuflash.backends import cuda_backend
+from cuflash.cuda import module, nvrtc
+from cuflash.device import DeviceInfo
+
+HOPPER = DeviceInfo.named("sm_90a")
+ASKED = [(question, name) for question in questions() for name in question.variants]
+asked = pytest.mark.parametrize(("question", "name"), ASKED, ids=[f"{q.name}: {name}" for q, name in ASKED])
+
+
+def planned(question) -> list:
+    return ahead.specs(select(question.cells), question.passes, None, HOPPER)
+
+
+@asked
+def test_open_questions_change_something(question, name):
+    """Other kernels are planned, or the text of one is another: an edit that no longer fits would ask nothing."""
+    before = {spec: module.translation_unit(spec) for spec in planned(question)}
+    with question.variants[name].applied({}, {}):
+        after = {spec: module.translation_unit(spec) for spec in planned(question)}
+    assert after != before
+    assert {spec: module.translation_unit(spec) for spec in planned(question)} == before
+
+
+@pytest.mark.slow
+@asked
+def test_what_they_ask_about_compiles(question, name):
+    with question.variants[name].applied({}, {}):
+        for spec in planned(question):
+            report = nvrtc.compile_text(module.translation_unit(spec), spec.arch, name=spec.source)
+            assert report.warnings == (), "C7508 to C7515: products wait for each other"
+
+
+def test_a_variant_keeps_its_launches_and_kernels_to_itself():
+    launches, kernels = {}, {}
+    outside = cuda_backend._launches, module._kernels
+    with Change().applied(launches, kernels):
+        assert cuda_backend._launches is launches
+        assert module._kernels is kernels
+    assert (cuda_backend._launches, module._kernels) == outside
+
+
+def test_edits_fit_once_or_are_refused():
+    (spec,) = ahead.specs(select(["d64-full-512"]), ["fwd"], None, HOPPER)
+    with pytest.raises(ValueError, match=r"the edits occur \[\d\d+\] times in forward_sm90.cu; each must occur once"):
+        Change(edits=[("shared", "other")]).edited(spec)
+    assert Change(edits=[("in no kernel", "")]).edited(spec) == module.translation_unit(spec)
+
+
+def test_questions_are_listed_without_a_gpu(capsys, tmp_path):
+    entry = {"name": "a", "prediction": "b", "cells": ["few"], "passes": ["fwd"], "variants": {"c": {}}}
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps([entry, entry | {"name": "other"}]))
+    assert variants.main(["--list", "--file", str(file), "--questions", "a"]) == 0
+    shown = capsys.readouterr().out
+    assert "a: b" in shown and "other" not in shown
