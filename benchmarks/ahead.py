@@ -13,18 +13,23 @@ from multiprocessing import get_context
 
 from benchmarks.workloads import Cell
 from cuflash.device import DeviceInfo
-from cuflash.plan import KernelSpec
+from cuflash.plan import KernelSpec, Step
 from cuflash.planner import plan_backward, plan_forward
 from cuflash.problem import Problem, View
 
 PLANNERS = {"fwd": plan_forward, "bwd": plan_backward}
 
 
-def specs(cells: Iterable[Cell], passes: Iterable[str], kernels: str | None, device: DeviceInfo) -> list[KernelSpec]:
-    """Kernels of some cells, each once; ``kernels`` is the family that the caller insists on."""
+def steps(cells: Iterable[Cell], passes: Iterable[str], kernels: str | None, device: DeviceInfo) -> list[Step]:
+    """Launches of some cells; ``kernels`` is the family that the caller insists on."""
     passes = list(passes)
     plans = (PLANNERS[pass_](_problem(cell, kernels, pass_), device) for cell in cells for pass_ in passes)
-    return list(dict.fromkeys(step.spec for plan in plans for step in plan.steps))
+    return [step for plan in plans for step in plan.steps]
+
+
+def specs(cells: Iterable[Cell], passes: Iterable[str], kernels: str | None, device: DeviceInfo) -> list[KernelSpec]:
+    """Kernels of these launches, each once."""
+    return list(dict.fromkeys(step.spec for step in steps(cells, passes, kernels, device)))
 
 
 def _problem(cell: Cell, kernels: str | None, pass_: str) -> Problem:

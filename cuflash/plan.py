@@ -87,6 +87,12 @@ class Plan:
         return padded_rows(self.problem, self.tile, self.dq_tile)
 
     @property
+    def key_tiles(self) -> int:
+        """Blocks of keys of all key/value heads: the tiles of the backward."""
+        layout = self.problem.layout
+        return num_blocks(layout.seqlen_k, self.tile.block_n) * self.problem.num_kv_heads * layout.batch
+
+    @property
     def flops(self) -> float:
         """Arithmetic of the visible pairs; absent rows and keys of key padding count as visible."""
         problem, layout = self.problem, self.problem.layout

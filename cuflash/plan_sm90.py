@@ -122,9 +122,9 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
 
 def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     layout, head_dim, head_dim_v = problem.layout, problem.head_dim, problem.head_dim_v
-    light = problem.mask.right is None and problem.modifiers.softcap == 0
-    tile = backward_row(head_dim, head_dim_v, split=problem.deterministic, light=light)
     extras = (problem.modifiers.softcap != 0) + problem.modifiers.alibi + (problem.dropout is not None)
+    light = problem.mask.right is None and problem.modifiers.softcap == 0 and problem.dropout is None
+    tile = backward_row(head_dim, head_dim_v, split=problem.deterministic, light=light)
     dq_tile = queries_row(head_dim, head_dim_v, extras=extras) if tile.split else None
     config = score_config(problem) | {
         "head_dim": ("int", tile.columns(head_dim)),
@@ -177,7 +177,8 @@ def _prepare_step(problem: Problem, device: DeviceInfo, config: Config, tile: Ba
 
 def _keys_step(problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow) -> Step:
     spec = kernel_spec(tile.entry, config, device.arch)
-    grid = num_blocks(problem.layout.seqlen_k, tile.block_n) * problem.num_kv_heads * problem.layout.batch
+    tiles = num_blocks(problem.layout.seqlen_k, tile.block_n) * problem.num_kv_heads * problem.layout.batch
+    grid = min(device.sm_count, tiles) if tile.persistent else tiles
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
     boxes |= {"dk": WARPGROUP_ROWS, "dv": WARPGROUP_ROWS}

@@ -80,7 +80,7 @@ using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
 // One thread.
 DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
-  const Work work(common.shape);
+  const Work work(common.shape, arch::block_index());
   if (work.is_empty()) return;
   const SharedAddress kv_barrier = shared.kv.begin_fill(0);
   const int key = work.n_block * kBlockN;
@@ -121,7 +121,7 @@ DEVICE void store_gradient(const TensorMap& map, SharedAddress tile, const float
 DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
   const Shape& shape = common.shape;
-  const Work work(shape);
+  const Work work(shape, arch::block_index());
   const tile::Sequence sequence(shape, work.batch);
   const tile::Band<Config> band(shape, sequence);
   const int first_key = work.n_block * kBlockN, key = first_key + arch::warp_index() % kWarps * tile::kSlabRows;
@@ -191,7 +191,7 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
 DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
   const Shape& shape = common.shape;
-  const Work work(shape);
+  const Work work(shape, arch::block_index());
   const tile::Sequence sequence(shape, work.batch);
   const tile::Band<Config> band(shape, sequence);
   const int first_key = work.n_block * kBlockN, key = first_key + arch::warp_index() % kWarps * tile::kSlabRows;

@@ -77,7 +77,7 @@ DEVICE void to_score_gradients(float (&gradients)[kSize], const float (&probabil
 
 KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams params) {
   const Shape& shape = params.shape;
-  const tile::KeyWork<Config, kBlockM, kBlockN> work(shape);
+  const tile::KeyWork<Config, kBlockM, kBlockN> work(shape, arch::block_index());
   const int n_block = work.n_block, kv_head = work.kv_head, batch = work.batch;
   const tile::Sequence sequence(shape, batch);
   const tile::Band<Config> band(shape, sequence);
@@ -224,7 +224,7 @@ KERNEL(kThreads, Config::min_blocks) backward_sm80(GRID_CONSTANT BackwardParams 
 
   arch::block_barrier();  // k and v have been read: their places are free for dk and dv
   // Worked out anew: fewer registers through the loop.
-  const tile::TileIndex done = tile::KeyWork<Config, kBlockM, kBlockN>::tile_of(shape);
+  const tile::TileIndex done = tile::KeyWork<Config, kBlockM, kBlockN>::tile_of(shape, arch::block_index());
   const int present_keys = tile::Sequence(shape, done.batch).seqlen_k;
   const int tile_key = done.block * kBlockN;
 #pragma unroll

@@ -1,12 +1,14 @@
-// Backward attention on Hopper (sm_90a): one CTA computes dk and dv of 128 keys of one key/value head, and adds its part of dq for
-// every query block that sees them. A producer warp copies q and dout by tensor map, two consumer warpgroups of 64 keys each
+// Backward attention on Hopper (sm_90a): persistent CTAs. A tile is 128 keys of one key/value head: its dk and dv, and its part of dq
+// of every query block that sees them. A producer warp copies q and dout by tensor map, two consumer warpgroups of 64 keys each
 // multiply with wgmma, and a store warp adds their parts of dq to the float32 accumulator in global memory. Without
 // Config::with_dq another kernel computes dq; then the warpgroups have nothing to tell each other.
 //
 // Shared memory:  k [128][head_dim]  v [128][head_dim_v]
-//              |  2 x { q [block_m][head_dim]  row_lse [block_m] }  |  2 x { dout [block_m][head_dim_v]  row_delta [block_m] }
-//              |  2 x ds [block_m][128]  |  dq, float32, block_m * head_dim in register order  |  barriers
-// dk and dv are staged where k and v were; ds and dq are there with dq only.
+//              |  2 x q [block_m][head_dim]  |  2 x dout [block_m][head_dim_v]
+//              |  2 x ds [block_m][128]  |  dq, float32, block_m * head_dim in register order  |  out [128][head_dim or head_dim_v]
+//              |  2 x row_lse [block_m]  2 x row_delta [block_m]  |  barriers  |  tile queue
+// ds and dq are there with dq only. dv and then dk are staged in memory of their own, so that the next tile's k, v, q and dout are
+// loaded meanwhile: the few steps of a short sequence would else wait for all of that at both ends.
 //
 // Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the registers as left operands of dV = P^T dO and
 // dK = dS^T Q. Only dQ = dS K needs the dS of both warpgroups, through shared memory: each computes half of dQ, the columns of
@@ -34,34 +36,43 @@ constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 static_assert(kBlockM == 64 ? Config::head_dim == 128 : kBlockM == 128 && Config::head_dim == 64, "halves of dq are 64 wide");
 
 constexpr int kStatisticBytes = kBlockM * static_cast<int>(sizeof(float));
-constexpr int kStatisticSpace = 1024;  // tiles start at multiples of it
 constexpr int kQueryBytes = tile::tile_bytes(kBlockM, Config::head_dim), kDoutBytes = tile::tile_bytes(kBlockM, Config::head_dim_v);
 constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueBytes = tile::tile_bytes(kBlockN, Config::head_dim_v);
-using Queries = tile::Pipeline<2, kQueryBytes + kStatisticSpace, kQueryBytes + kStatisticBytes>;
-using Douts = tile::Pipeline<2, kDoutBytes + kStatisticSpace, kDoutBytes + kStatisticBytes>;
+using Keys = tile::Pipeline<1, kKeyBytes>;
+using Values = tile::Pipeline<1, kValueBytes>;
+using Queries = tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes>;
+using Douts = tile::Pipeline<2, kDoutBytes, kDoutBytes + kStatisticBytes>;
 constexpr int kDsBytes = Config::with_dq ? tile::tile_bytes(kBlockM, kBlockN) : 0;
 constexpr int kDqHalf = kBlockM * Config::head_dim / kConsumers;  // floats of dq of a consumer
 constexpr int kDqBytes = Config::with_dq ? kConsumers * kDqHalf * static_cast<int>(sizeof(float)) : 0;
 constexpr int kDqRegisters = kDqHalf / arch::kWarpgroupSize;
+constexpr int kOutBytes = kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes;
 
 struct Shared {
-  SharedAddress keys, values;
+  Keys k;
+  Values v;
   Queries q;
   Douts dout;
-  SharedAddress ds, dq;
+  SharedAddress ds, dq, out, statistics;
+  tile::TileQueue queue;
 
   DEVICE Shared() {
-    keys = arch::shared_base();
-    values = keys + kKeyBytes;
-    q.data = values + kValueBytes;
+    k.data = arch::shared_base();
+    v.data = k.data + kKeyBytes;
+    q.data = v.data + kValueBytes;
     dout.data = q.data + Queries::kBytes;
     ds = dout.data + Douts::kBytes;
     dq = ds + 2 * kDsBytes;
-    q.barriers = dq + kDqBytes;
+    out = dq + kDqBytes;
+    statistics = out + kOutBytes;
+    k.barriers = statistics + 4 * kStatisticBytes;
+    v.barriers = k.barriers + Keys::kBarriersBytes;
+    q.barriers = v.barriers + Values::kBarriersBytes;
     dout.barriers = q.barriers + Queries::kBarriersBytes;
+    queue.slots = dout.barriers + Douts::kBarriersBytes;
   }
-  DEVICE SharedAddress row_lse(uint32 use) const { return q.stage(use) + kQueryBytes; }
-  DEVICE SharedAddress row_delta(uint32 use) const { return dout.stage(use) + kDoutBytes; }
+  DEVICE SharedAddress row_lse(uint32 use) const { return statistics + use % 2 * kStatisticBytes; }
+  DEVICE SharedAddress row_delta(uint32 use) const { return statistics + (2 + use % 2) * kStatisticBytes; }
   DEVICE SharedAddress ds_stage(uint32 use) const { return ds + use % 2 * kDsBytes; }
   DEVICE SharedAddress dq_half(int consumer) const { return dq + consumer * kDqBytes / kConsumers; }
 };
@@ -72,59 +83,74 @@ constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads =
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
 
-// k comes with the first q; v with the first dout, when it is first wanted, or with k: with 128 queries a block that is 2 % faster
-// (8192 keys, causal), as the warpgroups begin less in step.
-constexpr bool kValuesFirst = kBlockM == 128;
-
-// One thread.
-DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
+// One thread: says which tile is next, and copies its k and v when those of the tile before have been read.
+DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
-  const Work work(common.shape);
+  int index = arch::block_index();
+#pragma unroll 1
+  for (uint32 round = 0;; ++round) {
+    shared.queue.push(round, index);
+    if (index >= common.num_tiles) break;
+    const tile::TileIndex at = Work::tile_of(common.shape, index);
+    const SharedAddress k_barrier = shared.k.begin_fill(round);
+    tile::copy_tile<kBlockN, Config::head_dim>(shared.k.data, params.k, k_barrier, at.block * kBlockN, at.head, at.batch);
+    const SharedAddress v_barrier = shared.v.begin_fill(round);
+    tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.data, params.v, v_barrier, at.block * kBlockN, at.head, at.batch);
+    index = tile::TileQueue::tile_of(tile::TileQueue::draw(common.tile_counter), common.tile_counter, common.num_tiles);
+  }
+}
+
+// One warp: a tile's first q and dout come while the tile before has yet to end.
+DEVICE void produce_queries(const BackwardSm90Params& params, const Shared& shared) {
+  const BackwardParams& common = params.common;
   uint32 use = 0;
 #pragma unroll 1
-  for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
-    const int row = here.block * kBlockM;
-    const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
-    const auto copy_values = [&](SharedAddress barrier) {
-      tile::copy_tile<kBlockN, Config::head_dim_v>(shared.values, params.v, barrier, work.n_block * kBlockN, work.kv_head,
-                                                   work.batch);
-    };
-    const SharedAddress q_barrier = shared.q.begin_fill(use, use > 0 ? 0 : kValuesFirst ? kKeyBytes + kValueBytes : kKeyBytes);
-    if (use == 0) {
-      tile::copy_tile<kBlockN, Config::head_dim>(shared.keys, params.k, q_barrier, work.n_block * kBlockN, work.kv_head, work.batch);
-      if (kValuesFirst) copy_values(q_barrier);
+  for (uint32 round = 0;; ++round) {
+    const int index = shared.queue.pop(round);
+    if (index >= common.num_tiles) break;
+    if (arch::lane_index() != 0) continue;
+    const Work work(common.shape, index);
+#pragma unroll 1
+    for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
+      const int row = here.block * kBlockM;
+      const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
+      const SharedAddress q_barrier = shared.q.begin_fill(use);
+      tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
+      arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
+      const SharedAddress dout_barrier = shared.dout.begin_fill(use);
+      tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
+      arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
     }
-    tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
-    arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
-    const SharedAddress dout_barrier = shared.dout.begin_fill(use, use > 0 || kValuesFirst ? 0 : kValueBytes);
-    if (use == 0 && !kValuesFirst) copy_values(dout_barrier);
-    tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
-    arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
   }
 }
 
 // One warp: adds the halves of dq as they come.
 DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
-  const Work work(params.shape);
   const bool leader = arch::lane_index() == 0;
 #pragma unroll 1
-  for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here)) {
-    float* accumulator = params.dq_accum + tile::statistic_offset(params.shape, work.batch, here.head, params.padded_seqlen_q,
-                                                                  here.block * kBlockM) * Config::head_dim;
+  for (uint32 round = 0;; ++round) {
+    const int index = shared.queue.pop(round);
+    if (index >= params.num_tiles) break;
+    const Work work(params.shape, index);
+#pragma unroll 1
+    for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here)) {
+      float* accumulator = params.dq_accum + tile::statistic_offset(params.shape, work.batch, here.head, params.padded_seqlen_q,
+                                                                    here.block * kBlockM) * Config::head_dim;
 #pragma unroll
-    for (int consumer = 0; consumer < kConsumers; ++consumer) {
-      arch::named_barrier_sync(kDqFullBarrier + consumer, kDqThreads);
-      if (leader) {
-        arch::add_floats_to_global(accumulator + consumer * kDqHalf, shared.dq_half(consumer), kDqHalf * 4);
-        arch::copy_to_global_commit();
+      for (int consumer = 0; consumer < kConsumers; ++consumer) {
+        arch::named_barrier_sync(kDqFullBarrier + consumer, kDqThreads);
+        if (leader) {
+          arch::add_floats_to_global(accumulator + consumer * kDqHalf, shared.dq_half(consumer), kDqHalf * 4);
+          arch::copy_to_global_commit();
+        }
       }
+      if (leader) arch::copy_to_global_wait_read<1>();
+      arch::warp_barrier();
+      arch::named_barrier_arrive(kDqEmptyBarrier, kDqThreads);
+      if (leader) arch::copy_to_global_wait_read<0>();
+      arch::warp_barrier();
+      arch::named_barrier_arrive(kDqEmptyBarrier + 1, kDqThreads);
     }
-    if (leader) arch::copy_to_global_wait_read<1>();
-    arch::warp_barrier();
-    arch::named_barrier_arrive(kDqEmptyBarrier, kDqThreads);
-    if (leader) arch::copy_to_global_wait_read<0>();
-    arch::warp_barrier();
-    arch::named_barrier_arrive(kDqEmptyBarrier + 1, kDqThreads);
   }
 }
 
@@ -139,7 +165,9 @@ constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
 constexpr bool kAhead = !Config::dropout && !((Config::softcap || Config::alibi) && kBlockM == 128) &&
                         !(Config::softcap && (kBlind || Config::used_queries || Config::used_keys)) &&
                         !(Config::alibi && !Config::with_dq);
-constexpr int kParts = Config::softcap && !kAhead ? 4 : Config::dropout ? 2 : 1;
+// How many is what the compiler has registers for.
+constexpr int kPartsOfCapped = Config::dropout ? (Config::alibi ? kSize / 16 : 8) : kBlockM == 64 ? 8 : 4;
+constexpr int kParts = Config::softcap && !kAhead ? kPartsOfCapped : Config::dropout ? 2 : 1;
 constexpr int kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 
 // Zeroes keys that are absent: their dS is 0, which dQ = dS K multiplies with them. Their values meet nothing but masked scores.
@@ -147,16 +175,37 @@ DEVICE void clear_absent_keys(const Shared& shared, const Work& work, int used, 
   if constexpr (Config::used_keys && Config::with_dq) {
     const tile::AbsentRows<kBlockN> absent(work.n_block * kBlockN, used, allocated);
     if (!absent.exist() || work.is_empty()) return;
-    shared.q.wait_full(0);  // k came with it
-    absent.template clear<Config::head_dim, kConsumerThreads>(shared.keys);
+    absent.template clear<Config::head_dim, kConsumerThreads>(shared.k.data);
     absent.template meet<kConsumerThreads>(kClearBarrier);
   }
 }
 
-DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int consumer) {
+// Stages and stores a warpgroup's 64 rows of a gradient, when what was staged before has left.
+template <int kColumns>
+DEVICE void store_gradient(const TensorMap& map, const Shared& shared, const float (&gradient)[kColumns / 2], float scale,
+                           const tile::TileIndex& at, int consumer) {
+  const int group_row = consumer * tile::kWarpgroupRows, warp_in_group = arch::warp_index() % 4;
+  const bool storer = warp_in_group == 0 && arch::lane_index() == 0;
+  const float factor[2] = {scale, scale};
+  const bool keep[2] = {true, true};
+  if (storer) arch::copy_to_global_wait_read();
+  arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
+  tile::stage_slab_by_matrix<Element, kBlockN>(shared.out, group_row + warp_in_group * tile::kSlabRows, gradient, factor, keep);
+  arch::fence_async_proxy();
+  arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
+  if (storer) {
+    tile::copy_rows_out<kBlockN>(map, shared.out, group_row, 0, tile::chunks(kColumns), at.block * kBlockN + group_row, at.head,
+                                 at.batch);
+    arch::copy_to_global_commit();
+  }
+}
+
+// One tile; returns the next use of the buffers of queries.
+DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& shared, int consumer, int index, uint32 round,
+                           uint32 use) {
   const BackwardParams& common = params.common;
   const Shape& shape = common.shape;
-  const Work work(shape);
+  const Work work(shape, index);
   const tile::Sequence sequence(shape, work.batch);
   const tile::Band<Config> band(shape, sequence);
   const int warp_in_group = arch::warp_index() % 4;
@@ -167,8 +216,6 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
   float dk[Config::head_dim / 2], dv[Config::head_dim_v / 2];
   tile::clear(dk);
   tile::clear(dv);
-  if (Config::with_dq && warp_in_group == 0 && !work.is_empty())
-    arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
   tile::Dropped<kSize> dropped;
   const auto decide_dropped = [&](const tile::QueryCursor& there) {
     if constexpr (Config::dropout) {
@@ -178,25 +225,27 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     }
   };
   decide_dropped(work.first());
+  shared.k.wait_full(round);
+  shared.v.wait_full(round);
   clear_absent_keys(shared, work, sequence.seqlen_k, shape.seqlen_k);
   const auto clear_absent_queries = [&](uint32 use, const tile::QueryCursor& there) {
-    tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, there.block * kBlockM,
-                                                                  sequence.seqlen_q, shape.seqlen_q, kClearBarrier);
+    const int used = tile::Sequence(shape, work.batch).seqlen_q;  // worked out anew: a register less through the loop
+    tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, there.block * kBlockM, used,
+                                                                  shape.seqlen_q, kClearBarrier);
   };
   const auto start_scores = [&](float(&scores)[kSize], uint32 use) {
-    tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.keys, group_key, shared.q.stage(use));
+    tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.k.data, group_key, shared.q.stage(use));
   };
   float next_scores[kSize];
   if constexpr (kNextScores) {
     if (!work.is_empty()) {
-      clear_absent_queries(0, work.first());
-      shared.q.wait_full(0);
-      start_scores(next_scores, 0);
+      clear_absent_queries(use, work.first());
+      shared.q.wait_full(use);
+      start_scores(next_scores, use);
       arch::product_wait<0>();
       arch::pin(next_scores);
     }
   }
-  uint32 use = 0;
 #pragma unroll 1
   for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
     const tile::Modifier<Config> modifier(common.score, work.batch, here.head);
@@ -208,9 +257,9 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
       arch::fence_async_proxy();
       arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // the dS of both warpgroups is in shared memory
       if constexpr (kBlockM == 64)
-        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.keys, consumer);
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), 0, shared.k.data, consumer);
       else
-        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.keys, 0);
+        tile::start_tiles<Element, 64, kBlockN, kBlockM, kBlockN>(dq, shared.ds_stage(use), group_key, shared.k.data, 0);
     };
     const auto hand_over_dq = [&](const float(&dq)[kDqRegisters]) {
       arch::named_barrier_sync(kDqEmptyBarrier + consumer, kDqThreads);
@@ -250,7 +299,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     row_lse.load_ahead();  // now: such loads starve beside a product of 64 columns
     if constexpr (!kNextScores) start_scores(scores, use);
     shared.dout.wait_full(use);
-    tile::start_transposed<Element, Config::head_dim_v, kBlockN, kBlockM>(gradients, shared.values, group_key,
+    tile::start_transposed<Element, Config::head_dim_v, kBlockN, kBlockM>(gradients, shared.v.data, group_key,
                                                                           shared.dout.stage(use));
 
     uint32 p[kSize / 2], ds[kSize / 2];
@@ -353,23 +402,28 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     if (leader) shared.q.release(use);
   }
 
-  arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v have been read: their places are free for dk and dv
-  const tile::TileIndex done = Work::tile_of(shape);
-  const float scale_k[2] = {common.score.scale, common.score.scale};
-  const float scale_v[2] = {Config::dropout ? common.dropout.scale : 1.f, Config::dropout ? common.dropout.scale : 1.f};
-  const bool keep[2] = {true, true};
-  tile::stage_slab_by_matrix<Element, kBlockN>(shared.keys, warp_key, dk, scale_k, keep);
-  tile::stage_slab_by_matrix<Element, kBlockN>(shared.values, warp_key, dv, scale_v, keep);
-  arch::fence_async_proxy();
-  arch::named_barrier_sync(kStoreBarrier + consumer, arch::kWarpgroupSize);
-  if (warp_in_group == 0 && leader) {
-    const int row = done.block * kBlockN + group_key;
-    tile::copy_rows_out<kBlockN>(params.dk, shared.keys, group_key, 0, tile::chunks(Config::head_dim), row, done.head, done.batch);
-    tile::copy_rows_out<kBlockN>(params.dv, shared.values, group_key, 0, tile::chunks(Config::head_dim_v), row, done.head,
-                                 done.batch);
-    arch::copy_to_global_commit();
-    arch::copy_to_global_wait_read();
+  arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v have been read
+  if (arch::thread_index() == arch::kWarpgroupSize) {
+    shared.k.release(round);
+    shared.v.release(round);
   }
+  const tile::TileIndex done = Work::tile_of(shape, index);  // worked out anew: registers less through the loop
+  store_gradient<Config::head_dim_v>(params.dv, shared, dv, Config::dropout ? common.dropout.scale : 1.f, done, consumer);
+  store_gradient<Config::head_dim>(params.dk, shared, dk, common.score.scale, done, consumer);
+  return use;
+}
+
+DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int consumer) {
+  if (Config::with_dq && arch::warp_index() % 4 == 0)
+    arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead
+  uint32 use = 0;
+#pragma unroll 1
+  for (uint32 round = 0;; ++round) {
+    const int index = shared.queue.pop(round);
+    if (index >= params.common.num_tiles) break;
+    use = consume_tile(params, shared, consumer, index, round, use);
+  }
+  if (arch::thread_index() % arch::kWarpgroupSize == 0) arch::copy_to_global_wait_read();
 }
 
 }  // namespace
@@ -377,8 +431,11 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
 KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
   const Shared shared;
   if (arch::thread_index() == 0) {
+    shared.k.init(1);
+    shared.v.init(1);
     shared.q.init(kReaders);
     shared.dout.init(kReaders);
+    shared.queue.init(kReaders + (Config::with_dq ? 2 : 1));  // consumers, the warp that copies queries, the one that adds dq
     arch::fence_barrier_init();
     arch::prefetch(params.q);
     arch::prefetch(params.k);
@@ -390,7 +447,8 @@ KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
   if (warpgroup == 0) {
     arch::lower_registers<kProducerRegisters>();
     const int warp = arch::warp_index();
-    if (warp == 0 && arch::lane_index() == 0) produce(params, shared);
+    if (warp == 0) produce_queries(params, shared);
+    if (warp == 2 && arch::lane_index() == 0) produce_keys(params, shared);
     if constexpr (Config::with_dq) {
       if (warp == 1) store_dq(params.common, shared);
     }

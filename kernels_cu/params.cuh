@@ -77,7 +77,9 @@ struct BackwardParams {
   float* dq_accum;    // (batch, num_heads, padded_seqlen_q, Config::head_dim) in fragment order
   float* dsinks;      // (num_heads,), or null
   int* dq_turn;       // (batch, num_heads, num_m_blocks): whose turn it is to add to a dq tile; deterministic only
+  int* tile_counter;  // zero before and after every launch: see tile/pipeline.cuh; persistent kernels only
   int padded_seqlen_q;
+  int num_tiles;  // key blocks of all key/value heads: what the counter counts
   Shape shape;
   Score score;
   DropoutKey dropout;

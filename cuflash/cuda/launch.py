@@ -65,7 +65,9 @@ BACKWARD_PARAMS = np.dtype(
     [
         *((name, ROWS) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, POINTER) for name in ("lse", "dlse", "row_lse", "row_delta", "dq_accum", "dsinks", "dq_turn")),
+        ("tile_counter", POINTER),
         ("padded_seqlen_q", np.int32),
+        ("num_tiles", np.int32),
         *_COMMON,
     ],
     align=True,
@@ -107,6 +109,7 @@ PARAMS = {  # by kernel; those around the main ones take the innermost part
     "backward_keys_sm90": BACKWARD_SM90_PARAMS,
     "backward_queries_sm90": BACKWARD_QUERIES_SM90_PARAMS,
 }
+PERSISTENT = ("forward_sm90", "backward_sm90")  # draw their tiles from a counter
 MAX_MAPS = 256  # tensor maps remembered per operand of a launch: one of every layer of a model, again at every step
 OPERANDS_IN_STRUCTS = {
     "seqused_q": ("shape", "used_q"),
@@ -150,6 +153,7 @@ def constants(plan: Plan) -> bytes:
         params["dropout"]["scale"] = problem.dropout.scale
     if plan.pass_ == "backward":
         params["padded_seqlen_q"] = plan.padded_seqlen_q
+        params["num_tiles"] = plan.key_tiles
     return struct.tobytes()
 
 
@@ -174,7 +178,8 @@ class Launch:
             for step, part in zip(plan.steps, parts, strict=True)
             for name, rows in step.boxes
         ]
-        self._counters = tile_counters(device_index) if "tile_counter" in self._offsets.of else None
+        persistent = any(step.spec.entry in PERSISTENT for step in plan.steps)
+        self._counters = tile_counters(device_index) if persistent else None
         self._workspace = _workspace_offsets(plan)
         self._free: list[_Parameters] = []
         self._kernels = [module.load(step.spec, device_index) for step in plan.steps]

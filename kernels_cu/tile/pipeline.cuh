@@ -10,6 +10,7 @@ namespace tile {
 
 constexpr int kBarrierBytes = 8;
 
+// kFillBytes are announced: those of the buffer and of what else is copied and waited for with it.
 template <int kStages, int kStageBytes, int kFillBytes = kStageBytes>
 struct Pipeline {
   static constexpr int kBytes = kStages * kStageBytes;
@@ -27,11 +28,10 @@ struct Pipeline {
 
   DEVICE SharedAddress stage(uint32 use) const { return data + use % kStages * kStageBytes; }
 
-  // Producer: waits until the buffer is free and announces its bytes, and those of other copies that are waited for with it.
-  // Returns the barrier for the copies.
-  DEVICE SharedAddress begin_fill(uint32 use, int other_bytes = 0) const {
+  // Producer: waits until the buffer is free and announces its bytes. Returns the barrier for the copies.
+  DEVICE SharedAddress begin_fill(uint32 use) const {
     arch::barrier_wait(empty(use % kStages), (use / kStages & 1) ^ 1);
-    arch::barrier_arrive_expecting(full(use % kStages), kFillBytes + other_bytes);
+    arch::barrier_arrive_expecting(full(use % kStages), kFillBytes);
     return full(use % kStages);
   }
   // Consumer: waits until the buffer has been filled.

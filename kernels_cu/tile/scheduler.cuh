@@ -57,9 +57,9 @@ struct KeyWork {
   Range blocks;
   int first_head, end_head;
 
-  DEVICE explicit KeyWork(const Shape& shape) {
-    const TileIndex index = tile_of(shape);
-    n_block = index.block, kv_head = index.head, batch = index.batch;
+  DEVICE KeyWork(const Shape& shape, int index) {
+    const TileIndex at = tile_of(shape, index);
+    n_block = at.block, kv_head = at.head, batch = at.batch;
     const Band<Config> band(shape, Sequence(shape, batch));
     blocks = band.template query_blocks<kBlockM, kBlockN>(n_block * kBlockN);
     first_head = kv_head * shape.group_size;
@@ -67,11 +67,11 @@ struct KeyWork {
   }
 
   // Under a causal mask the first keys are seen by the most rows.
-  DEVICE static TileIndex tile_of(const Shape& shape) {
+  DEVICE static TileIndex tile_of(const Shape& shape, int index) {
     const int num_blocks = ceil_divide(shape.seqlen_k, kBlockN);
     if constexpr (Config::window_right)
-      return longest_first(arch::block_index(), num_blocks, shape.num_kv_heads, shape.batch, shape.section_heads);
-    return head_after_head(arch::block_index(), num_blocks, shape.num_kv_heads);
+      return longest_first(index, num_blocks, shape.num_kv_heads, shape.batch, shape.section_heads);
+    return head_after_head(index, num_blocks, shape.num_kv_heads);
   }
 
   DEVICE bool is_empty() const { return blocks.begin == blocks.end; }

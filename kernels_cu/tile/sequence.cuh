@@ -31,9 +31,10 @@ struct Sequence {
         offset(shape.top_left ? 0 : seqlen_k - seqlen_q) {}
 };
 
-// First element of row `row` of a per-row statistic of shape (batch, num_heads, seqlen).
+// First element of row `row` of a per-row statistic of shape (batch, num_heads, seqlen). Heads of all sequences, like tiles, are
+// counted in 32 bits.
 DEVICE int64 statistic_offset(const Shape& shape, int batch, int head, int seqlen, int row) {
-  return (static_cast<int64>(batch) * shape.num_heads + head) * seqlen + row;
+  return static_cast<int64>(batch * shape.num_heads + head) * seqlen + row;
 }
 
 }  // namespace tile

@@ -68,7 +68,7 @@ FORWARD_BUGS = [
                "      shared.v.wait_full(use);",
         after="rescale_out();"),
     forward_bug("half of the bytes announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
-        before="kFillBytes + other_bytes);", after="kFillBytes / 2 + other_bytes);"),
+        before="kFillBytes);\n    return", after="kFillBytes / 2);\n    return"),
     forward_bug("one reader too few counted", error=TwinError,
         before="kConsumers * arch::kWarpgroupSize / kWarpSize;",
         after="kConsumers * arch::kWarpgroupSize / kWarpSize - 1;"),
@@ -182,6 +182,7 @@ FORWARD_BUGS = [
 HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, causal=True)
 ROWS = replace(HALVES, id="rows", seqlen_q=333, head_dim=64)
 HOLES = replace(HALVES, id="holes", dropout_p=0.3)
+MANY_TILES = replace(HALVES, id="many-tiles", batch=4)
 CAPPED = replace(HALVES, id="capped", softcap=1.0)
 EARLY = replace(ROWS, id="early", causal=False)  # scores of the next queries at the end of a step
 
@@ -213,8 +214,8 @@ BACKWARD_BUGS = [
     backward_bug("dS overwritten in flight", error=TwinError, message=UNDER_WAY,
         before="arch::product_wait<0>();\n    arch::pin(dk);", after="arch::pin(dk);"),
     backward_bug("statistics not announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
-        before="kQueryBytes + kStatisticSpace, kQueryBytes + kStatisticBytes>",
-        after="kQueryBytes + kStatisticSpace, kQueryBytes>"),
+        before="tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes>",
+        after="tile::Pipeline<2, kQueryBytes, kQueryBytes>"),
     backward_bug("missing proxy fence before dq leaves", error=TwinError, message=PROXY,
         before="arch::fence_async_proxy();\n      arch::named_barrier_arrive(kDqFullBarrier",
         after="arch::named_barrier_arrive(kDqFullBarrier"),
@@ -228,10 +229,10 @@ BACKWARD_BUGS = [
     backward_bug("halves of dq swapped", error=TwinError, message=RACE,
         before="shared.dq_half(consumer), kDqHalf * 4", after="shared.dq_half(1 - consumer), kDqHalf * 4"),
     backward_bug("both halves of dq from the same columns", error=WrongAnswer,
-        before="shared.keys, consumer);", after="shared.keys, 0);"),
+        before="shared.k.data, consumer);", after="shared.k.data, 0);"),
     backward_bug("both halves of dq from the same rows", error=WrongAnswer, case=ROWS,
         before="shared.ds_stage(use), group_key", after="shared.ds_stage(use), 0"),
-    backward_bug("dk staged while k is read", error=TwinError, message=OVERWRITTEN,
+    backward_bug("keys given back while they are read", error=TwinError, message=OVERWRITTEN, case=MANY_TILES,
         before="arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v", after="// k and v"),
     backward_bug("blind where keys are seen", error=WrongAnswer,
         before="query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key",
@@ -260,7 +261,16 @@ BACKWARD_BUGS = [
         before="if (!absent.exist() || work.is_empty()) return;", after="return;"),
     backward_bug("absent keys cleared before they arrive", error=TwinError, message=f"{ARRIVING}|{RACE}",
         case=PADDED_KEYS,
-        before="shared.q.wait_full(0);  // k came with it", after=""),
+        before="shared.k.wait_full(round);", after=""),
+    backward_bug("values of the tile before", error=TwinError, message=f"{ARRIVING}|{RACE}", case=MANY_TILES,
+        before="shared.v.wait_full(round);", after=""),
+    backward_bug("dk staged before dv has left", error=TwinError, message=OVERWRITTEN,
+        before="if (storer) arch::copy_to_global_wait_read();\n  arch::named_barrier_sync(kStoreBarrier",
+        after="arch::named_barrier_sync(kStoreBarrier"),
+    backward_bug("missing barrier before a gradient is staged", error=TwinError, message=f"{OVERWRITTEN}|{RACE}",
+        before="arch::copy_to_global_wait_read();\n  arch::named_barrier_sync(kStoreBarrier + consumer, "
+               "arch::kWarpgroupSize);",
+        after="arch::copy_to_global_wait_read();"),
     backward_bug("absent queries not cleared", error=WrongAnswer, case=PADDED_QUERIES,
         before="    absent.template clear<Config::head_dim, kThreads>(q.stage(use));\n", after=""),
     backward_bug("dout of absent queries not cleared", error=WrongAnswer, case=PADDED_QUERIES,

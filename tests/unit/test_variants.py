@@ -18,26 +18,28 @@ ASKED = [(question, name) for question in questions() for name in question.varia
 asked = pytest.mark.parametrize(("question", "name"), ASKED, ids=[f"{q.name}: {name}" for q, name in ASKED])
 
 
-def planned(question) -> list:
-    return ahead.specs(select(question.cells), question.passes, None, HOPPER)
+def planned(question) -> list[tuple]:
+    """Launches, each with the text of its kernel."""
+    launches = ahead.steps(select(question.cells), question.passes, None, HOPPER)
+    return [(step, module.translation_unit(step.spec)) for step in launches]
 
 
 @asked
 def test_open_questions_change_something(question, name):
-    """Other kernels are planned, or the text of one is another: an edit that no longer fits would ask nothing."""
-    before = {spec: module.translation_unit(spec) for spec in planned(question)}
+    """Launches are planned otherwise, or the text of a kernel is another: an edit that does not fit asks nothing."""
+    before = planned(question)
     with question.variants[name].applied({}, {}):
-        after = {spec: module.translation_unit(spec) for spec in planned(question)}
+        after = planned(question)
     assert after != before
-    assert {spec: module.translation_unit(spec) for spec in planned(question)} == before
+    assert planned(question) == before
 
 
 @pytest.mark.slow
 @asked
 def test_what_they_ask_about_compiles(question, name):
     with question.variants[name].applied({}, {}):
-        for spec in planned(question):
-            report = nvrtc.compile_text(module.translation_unit(spec), spec.arch, name=spec.source)
+        for spec, text in {step.spec: text for step, text in planned(question)}.items():
+            report = nvrtc.compile_text(text, spec.arch, name=spec.source)
             assert report.warnings == (), "C7508 to C7515: products wait for each other"
 
 
