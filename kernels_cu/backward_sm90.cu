@@ -100,7 +100,7 @@ DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared)
   }
 }
 
-// One warp: a tile's first q and dout come while the tile before has yet to end.
+// One warp, of which one lane copies: a tile's first q and dout come while the tile before has yet to end.
 DEVICE void produce_queries(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
   uint32 use = 0;
@@ -108,19 +108,21 @@ DEVICE void produce_queries(const BackwardSm90Params& params, const Shared& shar
   for (uint32 round = 0;; ++round) {
     const int index = shared.queue.pop(round);
     if (index >= common.num_tiles) break;
-    if (arch::lane_index() != 0) continue;
-    const Work work(common.shape, index);
+    if (arch::lane_index() == 0) {
+      const Work work(common.shape, index);
 #pragma unroll 1
-    for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
-      const int row = here.block * kBlockM;
-      const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
-      const SharedAddress q_barrier = shared.q.begin_fill(use);
-      tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
-      arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
-      const SharedAddress dout_barrier = shared.dout.begin_fill(use);
-      tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
-      arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
+      for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
+        const int row = here.block * kBlockM;
+        const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
+        const SharedAddress q_barrier = shared.q.begin_fill(use);
+        tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
+        arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
+        const SharedAddress dout_barrier = shared.dout.begin_fill(use);
+        tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
+        arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
+      }
     }
+    arch::warp_barrier();  // the other lanes wait here, and not in the next pop, where they would poll against the first
   }
 }
 
