@@ -146,7 +146,7 @@ class BackwardRow:
         k_or_v, q_or_dout = tile_bytes(self.block_n, self.head_dim), tile_bytes(self.block_m, self.head_dim)
         stages = STAGES * 2 * (q_or_dout + 4 * self.block_m)
         ds, dq = STAGES * tile_bytes(self.block_m, self.block_n), 4 * self.block_m * self.head_dim
-        barriers = 2 * 2 * (1 + STAGES) * BARRIER_BYTES
+        barriers = (2 * 2 * (1 + STAGES) + 1) * BARRIER_BYTES
         return 3 * k_or_v + stages + (0 if self.split else ds + dq) + barriers + QUEUE_BYTES
 
     def describe(self) -> str:

@@ -55,6 +55,7 @@ struct Shared {
   Douts dout;
   SharedAddress ds, dq, out, statistics;
   tile::TileQueue queue;
+  SharedAddress copied;  // barrier: all queries of a tile are on their way
 
   DEVICE Shared() {
     k.data = arch::shared_base();
@@ -70,6 +71,7 @@ struct Shared {
     q.barriers = v.barriers + Values::kBarriersBytes;
     dout.barriers = q.barriers + Queries::kBarriersBytes;
     queue.slots = dout.barriers + Douts::kBarriersBytes;
+    copied = queue.slots + tile::TileQueue::kBytes;
   }
   DEVICE SharedAddress row_lse(uint32 use) const { return statistics + use % 2 * kStatisticBytes; }
   DEVICE SharedAddress row_delta(uint32 use) const { return statistics + (2 + use % 2) * kStatisticBytes; }
@@ -96,6 +98,8 @@ DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared)
     tile::copy_tile<kBlockN, Config::head_dim>(shared.k.data, params.k, k_barrier, at.block * kBlockN, at.head, at.batch);
     const SharedAddress v_barrier = shared.v.begin_fill(round);
     tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.data, params.v, v_barrier, at.block * kBlockN, at.head, at.batch);
+    // Two steps before the tile's end at most: drawn at its beginning, the longest tiles would fall to the CTAs with the longest.
+    arch::barrier_wait(shared.copied, round & 1);
     index = tile::TileQueue::tile_of(tile::TileQueue::draw(common.tile_counter), common.tile_counter, common.num_tiles);
   }
 }
@@ -121,6 +125,7 @@ DEVICE void produce_queries(const BackwardSm90Params& params, const Shared& shar
         tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
         arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
       }
+      arch::barrier_arrive(shared.copied);
     }
     arch::warp_barrier();  // the other lanes wait here, and not in the next pop, where they would poll against the first
   }
@@ -278,6 +283,7 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
         shared.q.wait_full(use);
         shared.dout.wait_full(use);
+        arch::warp_barrier();  // no lane is left behind in a wait whose phase the leader lets pass
         if (leader) shared.dout.release(use);
         if constexpr (Config::with_dq) {
           const uint32 no_ds[kSize / 2] = {};
@@ -438,6 +444,7 @@ KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
     shared.q.init(kReaders);
     shared.dout.init(kReaders);
     shared.queue.init(kReaders + (Config::with_dq ? 2 : 1));  // consumers, the warp that copies queries, the one that adds dq
+    arch::barrier_init(shared.copied, 1);
     arch::fence_barrier_init();
     arch::prefetch(params.q);
     arch::prefetch(params.k);

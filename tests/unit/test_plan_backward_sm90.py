@@ -88,7 +88,7 @@ def test_shared_memory_is_what_the_kernel_lays_out(row):
     key_value_and_out = 3 * 128 * row.head_dim * 2
     query_stages = 2 * (row.block_m * row.head_dim * 2 + row.block_m * 4)
     ds, dq = 2 * row.block_m * 128 * 2, row.block_m * row.head_dim * 4
-    barriers, queue = 8 * 2 * (1 + 1 + 2 + 2), 48
+    barriers, queue = 8 * (2 * (1 + 1 + 2 + 2) + 1), 48
     sizes, without = (row.head_dim, row.head_dim), key_value_and_out + 2 * query_stages + barriers + queue
     assert replace(row, split=True).shared_bytes(*sizes) == without
     assert row.shared_bytes(*sizes) == without + ds + dq <= SHARED
