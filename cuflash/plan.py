@@ -60,8 +60,9 @@ class Plan:
 
     ``dq_tile`` is the row of a kernel that computes dq alone. ``workspace`` maps a name to (shape, dtype);
     ``section_heads`` (batch, head) pairs are worked on together, because what their blocks share fits in L2.
-    Rows of ``packed_heads`` query heads, which have their keys in common, share a tile. ``note`` says why a Hopper GPU
-    runs the portable kernels, where it does.
+    Rows of ``packed_heads`` query heads, which have their keys in common, share a tile. With ``split_groups`` every
+    query head has tiles of the backward of its own, and the heads of a group sum dk and dv in float32. ``note`` says
+    why a Hopper GPU runs the portable kernels, where it does.
     """
 
     problem: Problem
@@ -73,6 +74,7 @@ class Plan:
     section_heads: int
     dq_tile: QueriesRow | None = None
     packed_heads: int = 1
+    split_groups: bool = False
     note: str | None = None
 
     @property
@@ -87,10 +89,14 @@ class Plan:
         return padded_rows(self.problem, self.tile, self.dq_tile)
 
     @property
+    def padded_seqlen_k(self) -> int:
+        return round_up(self.problem.layout.seqlen_k, self.tile.block_n)
+
+    @property
     def key_tiles(self) -> int:
-        """Blocks of keys of all key/value heads: the tiles of the backward."""
-        layout = self.problem.layout
-        return num_blocks(layout.seqlen_k, self.tile.block_n) * self.problem.num_kv_heads * layout.batch
+        """Tiles of the backward: blocks of keys of all key/value heads, of all query heads where groups are split."""
+        heads = self.problem.num_heads if self.split_groups else self.problem.num_kv_heads
+        return num_blocks(self.problem.layout.seqlen_k, self.tile.block_n) * heads * self.problem.layout.batch
 
     @property
     def flops(self) -> float:
@@ -133,6 +139,8 @@ class Plan:
         ]
         if self.packed_heads > 1:
             lines.append(f"  a tile holds the queries of {self.packed_heads} heads with the same keys")
+        if self.split_groups:
+            lines.append("  a tile takes one query head; those of a group sum dk and dv in float32")
         if self.dq_tile is not None:
             lines.append(f"  tile of dq {self.dq_tile.describe()}: {self.dq_tile.reason}")
         for step in self.steps:
@@ -164,12 +172,19 @@ CONFIG_FIELDS = {
         *_SCORES,
         *("sinks", "used_keys"),
     ),
-    "backward_prepare": (*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic", "with_dq"),
+    "backward_prepare": (
+        *(*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic"),
+        *("with_dq", "split_groups"),
+    ),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
-    "backward_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, *_USED, "with_dq", "next_scores"),
+    "backward_sm90": (
+        *("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, *_USED),
+        *("with_dq", "next_scores", "split_groups"),
+    ),
     "backward_keys_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "used_queries"),
     "backward_queries_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_DQ_SCHEDULE, *_SCORES, *_USED),
     "backward_finish": (*_DQ_TILE, "store_bytes"),
+    "backward_finish_groups": ("Element", "head_dim", "head_dim_v", "block_n", "num_warps", "dropout"),
     "backward_sinks": (),
 }
 
@@ -230,20 +245,27 @@ def launchable(*steps: Step) -> tuple[Step, ...]:
 def forward_section_heads(problem: Problem, device: DeviceInfo) -> int:
     """Query heads whose keys and values stay in L2 together: those of a power of two of kv heads."""
     per_kv_head = problem.layout.seqlen_k * (problem.head_dim + problem.head_dim_v) * ITEMSIZE
-    return problem.group_size * _section(problem, device, per_kv_head, FORWARD_SECTION_BYTES)
+    pairs = problem.layout.batch * problem.num_kv_heads
+    return problem.group_size * _section(device, pairs, per_kv_head, FORWARD_SECTION_BYTES)
 
 
-def backward_section_heads(problem: Problem, device: DeviceInfo, *, accumulates_dq: bool = True) -> int:
-    """Kv heads whose groups' q, dout and float32 dq stay in L2 together: all blocks of a kv head use these."""
+def backward_section_heads(
+    problem: Problem, device: DeviceInfo, *, accumulates_dq: bool = True, split_groups: bool = False
+) -> int:
+    """Kv heads whose groups' q, dout and float32 dq stay in L2 together: all blocks of a kv head use these.
+
+    Query heads, with their own alone, where groups are split.
+    """
     per_row = problem.head_dim * (ITEMSIZE + 4 * accumulates_dq) + problem.head_dim_v * ITEMSIZE
-    per_kv_head = problem.group_size * problem.layout.seqlen_q * per_row
-    return _section(problem, device, per_kv_head, BACKWARD_SECTION_BYTES)
+    heads = 1 if split_groups else problem.group_size
+    pairs = problem.layout.batch * problem.num_heads // heads
+    return _section(device, pairs, heads * problem.layout.seqlen_q * per_row, BACKWARD_SECTION_BYTES)
 
 
-def _section(problem: Problem, device: DeviceInfo, bytes_per_kv_head: int, most_bytes: int) -> int:
+def _section(device: DeviceInfo, pairs: int, bytes_per_pair: int, most_bytes: int) -> int:
     limit = min(most_bytes, SECTION_SHARE * device.l2_bytes)
     heads = 1
-    while heads < problem.layout.batch * problem.num_kv_heads and 2 * heads * bytes_per_kv_head <= limit:
+    while heads < pairs and 2 * heads * bytes_per_pair <= limit:
         heads *= 2
     return heads
 

@@ -18,6 +18,7 @@ from cuflash.plan import (
     load_bytes,
     num_blocks,
     padded_rows,
+    round_up,
     scale_first,
     score_config,
     store_bytes,
@@ -126,6 +127,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     light = problem.mask.right is None and problem.modifiers.softcap == 0 and problem.dropout is None
     tile = backward_row(head_dim, head_dim_v, split=problem.deterministic, light=light)
     dq_tile = queries_row(head_dim, head_dim_v, extras=extras) if tile.split else None
+    split_groups = tile.splits_groups(problem.group_size, layout.seqlen_q)
     config = score_config(problem) | {
         "head_dim": ("int", tile.columns(head_dim)),
         "head_dim_v": ("int", tile.columns(head_dim_v)),
@@ -137,6 +139,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "warpgroups": ("bool", True),
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
+        "split_groups": ("bool", split_groups),
         "next_scores": ("bool", tile.next_scores),
         "used_queries": ("bool", layout.used_q),
         "used_keys": ("bool", layout.used_k),
@@ -144,11 +147,16 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     steps = [_prepare_step(problem, device, config, tile)]
     if dq_tile is not None:
         steps.append(_queries_step(problem, device, config, dq_tile))
-    steps.append(_keys_step(problem, device, config, tile))
+    heads = problem.num_heads if split_groups else problem.num_kv_heads
+    steps.append(_keys_step(problem, device, config, tile, heads))
     if dq_tile is None:
         dq_bytes = tile_bytes(tile.block_m, tile.columns(head_dim))
         spec = kernel_spec("backward_finish", config, device.portable_arch)
         steps.append(Step(spec, steps[0].grid, 32 * tile.num_warps, dq_bytes, 1))
+    if split_groups:
+        spec = kernel_spec("backward_finish_groups", config, device.portable_arch)
+        grid = num_blocks(layout.seqlen_k, tile.block_n) * problem.num_kv_heads * layout.batch
+        steps.append(Step(spec, grid, 32 * tile.num_warps, 0, 1))
     if problem.sinks:
         spec = kernel_spec("backward_sinks", config, device.portable_arch)
         steps.append(Step(spec, problem.num_heads, SINKS_THREADS, SINKS_BYTES, 1))
@@ -156,6 +164,9 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     workspace = {"row_lse": (rows, "float32"), "row_delta": (rows, "float32")}
     if dq_tile is None:
         workspace["dq_accum"] = ((*rows, tile.columns(head_dim)), "float32")
+    if split_groups:
+        keys = (layout.batch, problem.num_kv_heads, round_up(layout.seqlen_k, tile.block_n))
+        workspace["dkv_accum"] = ((*keys, tile.columns(head_dim) + tile.columns(head_dim_v)), "float32")
     return Plan(
         problem=problem,
         device=device,
@@ -163,8 +174,9 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         steps=launchable(*steps),
         tile=tile,
         workspace=workspace,
-        section_heads=backward_section_heads(problem, device, accumulates_dq=not tile.split),
+        section_heads=backward_section_heads(problem, device, accumulates_dq=not tile.split, split_groups=split_groups),
         dq_tile=dq_tile,
+        split_groups=split_groups,
     )
 
 
@@ -175,9 +187,11 @@ def _prepare_step(problem: Problem, device: DeviceInfo, config: Config, tile: Ba
     return Step(spec, grid, 32 * tile.num_warps, 0, 1)
 
 
-def _keys_step(problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow) -> Step:
+def _keys_step(
+    problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow, num_heads: int
+) -> Step:
     spec = kernel_spec(tile.entry, config, device.arch)
-    tiles = num_blocks(problem.layout.seqlen_k, tile.block_n) * problem.num_kv_heads * problem.layout.batch
+    tiles = num_blocks(problem.layout.seqlen_k, tile.block_n) * num_heads * problem.layout.batch
     grid = min(device.sm_count, tiles) if tile.persistent else tiles
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}

@@ -114,6 +114,9 @@ class BackwardRow:
         Queries of a block; the keys of a block are 128, two warpgroups of 64.
     next_scores : bool
         The next step's scores are started at the end of a step, behind the product of dk.
+    split_groups_from : int or None
+        From this seqlen_q on, a tile takes one query head and adds to the sums of its group; None where the kernel has
+        no registers for that.
     persistent : bool
         A CTA a multiprocessor goes from tile to tile, and loads the next one's operands meanwhile; else a CTA a tile.
     reason : str
@@ -125,6 +128,7 @@ class BackwardRow:
     light: bool
     block_m: int
     next_scores: bool
+    split_groups_from: int | None
     reason: str
     persistent: bool = True
 
@@ -148,6 +152,10 @@ class BackwardRow:
         ds, dq = STAGES * tile_bytes(self.block_m, self.block_n), 4 * self.block_m * self.head_dim
         barriers = (2 * 2 * (1 + STAGES) + 1) * BARRIER_BYTES
         return 3 * k_or_v + stages + (0 if self.split else ds + dq) + barriers + QUEUE_BYTES
+
+    def splits_groups(self, group_size: int, seqlen_q: int) -> bool:
+        """Whether tiles take single query heads: more tiles and shorter ones, whose operands stay in L2."""
+        return group_size > 1 and self.split_groups_from is not None and seqlen_q >= self.split_groups_from
 
     def describe(self) -> str:
         schedule = f"{self.num_consumers} consumer warpgroups, head_dim {self.head_dim}"
@@ -177,6 +185,9 @@ class KeysRow:
     block_n = WARPGROUP_ROWS
     num_warps = 8  # of the preparation
     threads = WARPGROUP_THREADS * 3
+
+    def splits_groups(self, group_size: int, seqlen_q: int) -> bool:
+        return False
 
     def columns(self, head_dim: int) -> int:
         return rounded_head_dim(head_dim)
@@ -262,12 +273,12 @@ FORWARD = (
     ForwardRow(256, 256, None, None,  ANY, 2, 80,  1, 0, False, True,  2, "0.96 to 0.99; 64 keys: 0.94 to 0.96"),
 )
 BACKWARD = (
-    #           D    split  light  block_m next_scores
-    BackwardRow(64,  False, True,  128, True,  "unmeasured: a prototype gained 6 % and, causal, lost 4 %"),
-    BackwardRow(64,  False, False, 128, False, "1.14 to 1.32 of cuDNN with a CTA a tile"),
-    BackwardRow(64,  True,  False, 128, False, "0.93 to 1.02 of cuDNN, for repeatable sums"),
-    BackwardRow(128, False, False, 64,  False, "1.02 to 1.17 of cuDNN with a CTA a tile"),
-    BackwardRow(128, True,  False, 64,  False, "0.87 to 1.00 of cuDNN, for repeatable sums"),
+    #           D    split  light  block_m next_scores split_groups_from
+    BackwardRow(64,  False, True,  128, True,  None, "unmeasured: a prototype gained 6 % and, causal, lost 4 %"),
+    BackwardRow(64,  False, False, 128, False, None, "1.14 to 1.32 of cuDNN with a CTA a tile"),
+    BackwardRow(64,  True,  False, 128, False, None, "0.93 to 1.02 of cuDNN, for repeatable sums"),
+    BackwardRow(128, False, False, 64,  False, 2048, "1.02 to 1.17 of cuDNN with a CTA a tile"),
+    BackwardRow(128, True,  False, 64,  False, None, "0.87 to 1.00 of cuDNN, for repeatable sums"),
     KeysRow(256, 64, "1.24 to 1.48 of cuDNN"),
 )
 QUERIES = (
@@ -343,7 +354,5 @@ def queries_row(head_dim: int, head_dim_v: int, *, extras: int) -> QueriesRow:
     80
     """
     return next(
-        row
-        for row in QUERIES
-        if head_dim <= row.head_dim and head_dim_v <= row.head_dim_v and extras <= row.extras
+        row for row in QUERIES if head_dim <= row.head_dim and head_dim_v <= row.head_dim_v and extras <= row.extras
     )

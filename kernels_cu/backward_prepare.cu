@@ -1,5 +1,5 @@
-// Before the backward: the row sums delta = rowsum(dout * out) - dlse, log-sum-exps in base 2 and, where key blocks add up dq, a
-// cleared accumulator for it. One CTA takes block_m rows of one head.
+// Before the backward: the row sums delta = rowsum(dout * out) - dlse, log-sum-exps in base 2 and, where key blocks add up dq, or
+// heads dk and dv, a cleared accumulator for it. One CTA takes block_m rows of one head.
 #include "arch/common.cuh"
 #include "tile/gradient.cuh"
 #include "tile/mask.cuh"
@@ -60,6 +60,10 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
   const int first_row = m_block * kBlockM;
 
   if constexpr (Config::with_dq) tile::DqShare<Config>::clear(params, batch, head, m_block);
+  if constexpr (Config::split_groups) {
+    const int64 thread = static_cast<int64>(arch::block_index()) * kThreads + arch::thread_index();
+    tile::GroupSums<Config>::clear(params, thread, static_cast<int64>(arch::grid_size()) * kThreads);
+  }
 
   const int thread_row = static_cast<uint32>(arch::thread_index()) / kRowThreads;
   const bool leads = arch::thread_index() % kRowThreads == 0;

@@ -83,7 +83,7 @@ struct Shared {
 constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBarrier = 6, kClearBarrier = 8;
 constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads = arch::kWarpgroupSize + kWarpSize;
 
-using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
+using Work = tile::KeyWork<Config, kBlockM, kBlockN, Config::split_groups>;
 
 // One thread: says which tile is next, and copies its k and v when those of the tile before have been read.
 DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared) {
@@ -94,10 +94,11 @@ DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared)
     shared.queue.push(round, index);
     if (index >= common.num_tiles) break;
     const tile::TileIndex at = Work::tile_of(common.shape, index);
+    const int kv_head = Work::kv_head_of(common.shape, at);
     const SharedAddress k_barrier = shared.k.begin_fill(round);
-    tile::copy_tile<kBlockN, Config::head_dim>(shared.k.data, params.k, k_barrier, at.block * kBlockN, at.head, at.batch);
+    tile::copy_tile<kBlockN, Config::head_dim>(shared.k.data, params.k, k_barrier, at.block * kBlockN, kv_head, at.batch);
     const SharedAddress v_barrier = shared.v.begin_fill(round);
-    tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.data, params.v, v_barrier, at.block * kBlockN, at.head, at.batch);
+    tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.data, params.v, v_barrier, at.block * kBlockN, kv_head, at.batch);
     // Two steps before the tile's end at most: drawn at its beginning, the longest tiles would fall to the CTAs with the longest.
     arch::barrier_wait(shared.copied, round & 1);
     index = tile::TileQueue::tile_of(tile::TileQueue::draw(common.tile_counter), common.tile_counter, common.num_tiles);
@@ -171,7 +172,7 @@ constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
 // and scores become operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
 constexpr bool kAhead = !Config::dropout && !((Config::softcap || Config::alibi) && kBlockM == 128) &&
                         !(Config::softcap && (kBlind || Config::used_queries || Config::used_keys)) &&
-                        !(Config::alibi && !Config::with_dq);
+                        !(Config::alibi && (!Config::with_dq || Config::split_groups));
 // How many is what the compiler has registers for.
 constexpr int kPartsOfCapped = Config::dropout ? (Config::alibi ? kSize / 16 : 8) : kBlockM == 64 ? 8 : 4;
 constexpr int kParts = Config::softcap && !kAhead ? kPartsOfCapped : Config::dropout ? 2 : 1;
@@ -205,6 +206,18 @@ DEVICE void store_gradient(const TensorMap& map, const Shared& shared, const flo
                                  at.batch);
     arch::copy_to_global_commit();
   }
+}
+
+// Adds a warpgroup's 64 rows of a gradient to the sums of its group, from the given column on.
+template <int kSize>
+DEVICE void add_gradient(const BackwardParams& params, const float (&gradient)[kSize], const tile::TileIndex& at, int first_row,
+                         int column) {
+  using Sums = tile::GroupSums<Config>;
+  float* sums = Sums::row(params, at.batch, Work::kv_head_of(params.shape, at), at.block * kBlockN + first_row + tile::lane_row()) +
+                column + tile::lane_column();
+#pragma unroll
+  for (int i = 0; i < kSize; i += 2)
+    arch::reduce_add(sums + tile::slab_row(i) * Sums::kColumns + tile::slab_column(i), gradient[i], gradient[i + 1]);
 }
 
 // One tile; returns the next use of the buffers of queries.
@@ -416,8 +429,13 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
     shared.v.release(round);
   }
   const tile::TileIndex done = Work::tile_of(shape, index);  // worked out anew: registers less through the loop
-  store_gradient<Config::head_dim_v>(params.dv, shared, dv, Config::dropout ? common.dropout.scale : 1.f, done, consumer);
-  store_gradient<Config::head_dim>(params.dk, shared, dk, common.score.scale, done, consumer);
+  if constexpr (Config::split_groups) {
+    add_gradient(common, dv, done, warp_key, Config::head_dim);
+    add_gradient(common, dk, done, warp_key, 0);
+  } else {
+    store_gradient<Config::head_dim_v>(params.dv, shared, dv, Config::dropout ? common.dropout.scale : 1.f, done, consumer);
+    store_gradient<Config::head_dim>(params.dk, shared, dk, common.score.scale, done, consumer);
+  }
   return use;
 }
 

@@ -156,12 +156,12 @@ struct Turns {
 constexpr int kClearBarrier = 4;  // all consumers: values of absent keys are zeros
 constexpr int kStoreBarrier = 8;  // + consumer: the output of a warpgroup is staged
 
-// Zeroes the values of absent keys in the one block that also has used ones. All warpgroups share the work, also those that let the
-// block pass by; none of them in its turn, for which others would wait forever.
-DEVICE void clear_absent_values(const Shared& shared, uint32 use, int n_block, int used, int allocated) {
+// Zeroes the values of absent keys in a tile's first block, the only one that can have them beside used ones. All warpgroups share the
+// work, also those that let the block pass by, and before any of them takes its turn, for which others would wait forever.
+DEVICE void clear_absent_values(const Shared& shared, uint32 use, const tile::Range& loaded, int used, int allocated) {
   if constexpr (Config::used_keys) {
-    const tile::AbsentRows<kBlockN> absent(n_block * kBlockN, used, allocated);
-    if (!absent.exist()) return;
+    const tile::AbsentRows<kBlockN> absent((loaded.end - 1) * kBlockN, used, allocated);
+    if (loaded.begin == loaded.end || !absent.exist()) return;
     constexpr int kAll = kConsumers * arch::kWarpgroupSize;
     shared.v.wait_full(use);
     absent.template clear<Config::head_dim_v, kAll>(shared.v.stage(use));
@@ -198,14 +198,13 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
     const tile::Range whole = band.template whole_blocks<kGroupQueries, kBlockN>(first_query);
     if (blocks.begin == blocks.end) blocks = {loaded.begin, loaded.begin};
     // Lets blocks pass by that only the other warpgroups need.
-    const auto skip = [&](int num_blocks, int begin) {
+    const auto skip = [&](int num_blocks) {
 #pragma unroll 1
       for (; num_blocks > 0; --num_blocks, ++use) {
         shared.k.wait_full(use);
         shared.v.wait_full(use);
         turns.wait();
         turns.pass();
-        clear_absent_values(shared, use, begin + num_blocks - 1, sequence.seqlen_k, shape.seqlen_k);
         if (leader) shared.k.release(use);
         if (leader) shared.v.release(use);
       }
@@ -294,7 +293,8 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       rescale[0] = rescale[1] = 1.f;  // there is no output yet: 0 times it is not wanted either
     };
 
-    skip(loaded.end - blocks.end, blocks.end);
+    clear_absent_values(shared, use, loaded, sequence.seqlen_k, shape.seqlen_k);
+    skip(loaded.end - blocks.end);
     if (blocks.begin < blocks.end) {
       shared.q.wait_full(query_use);
       int n_block = blocks.end - 1;
@@ -302,7 +302,6 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
         first_step(n_block, NumKeys<kHalves ? kBlockN / 2 : kBlockN>{});
       else
         first_step(n_block, NumKeys<kBlockN>{});
-      clear_absent_values(shared, use, n_block, sequence.seqlen_k, shape.seqlen_k);
       --n_block;
 #pragma unroll 1
       for (; n_block >= blocks.begin && n_block >= whole.end; --n_block) step(n_block, True{});
@@ -353,7 +352,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       }
       ++query_use;
     }
-    skip(blocks.begin - loaded.begin, loaded.begin);
+    skip(blocks.begin - loaded.begin);
   }
   if (arch::thread_index() % arch::kWarpgroupSize == 0) arch::copy_to_global_wait_read();
 }

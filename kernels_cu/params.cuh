@@ -75,11 +75,13 @@ struct BackwardParams {
   float* row_lse;     // (batch, num_heads, padded_seqlen_q), base 2; +inf where a row is empty or absent
   float* row_delta;   // (batch, num_heads, padded_seqlen_q): rowsum(dout * out) - dlse
   float* dq_accum;    // (batch, num_heads, padded_seqlen_q, Config::head_dim) in fragment order
+  float* dkv_accum;   // (batch, num_kv_heads, padded_seqlen_k, Config::head_dim + Config::head_dim_v); Config::split_groups only
   float* dsinks;      // (num_heads,), or null
   int* dq_turn;       // (batch, num_heads, num_m_blocks): whose turn it is to add to a dq tile; deterministic only
   int* tile_counter;  // zero before and after every launch: see tile/pipeline.cuh; persistent kernels only
   int padded_seqlen_q;
-  int num_tiles;  // key blocks of all key/value heads: what the counter counts
+  int padded_seqlen_k;
+  int num_tiles;  // key blocks of all key/value heads, or of all query heads where groups are split: what the counter counts
   Shape shape;
   Score score;
   DropoutKey dropout;

@@ -64,9 +64,11 @@ FORWARD_PARAMS = np.dtype([*((name, ROWS) for name in ("q", "k", "v", "out")), (
 BACKWARD_PARAMS = np.dtype(
     [
         *((name, ROWS) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        *((name, POINTER) for name in ("lse", "dlse", "row_lse", "row_delta", "dq_accum", "dsinks", "dq_turn")),
+        *((name, POINTER) for name in ("lse", "dlse", "row_lse", "row_delta", "dq_accum", "dkv_accum")),
+        *((name, POINTER) for name in ("dsinks", "dq_turn")),
         ("tile_counter", POINTER),
         ("padded_seqlen_q", np.int32),
+        ("padded_seqlen_k", np.int32),
         ("num_tiles", np.int32),
         *_COMMON,
     ],
@@ -153,6 +155,7 @@ def constants(plan: Plan) -> bytes:
         params["dropout"]["scale"] = problem.dropout.scale
     if plan.pass_ == "backward":
         params["padded_seqlen_q"] = plan.padded_seqlen_q
+        params["padded_seqlen_k"] = plan.padded_seqlen_k
         params["num_tiles"] = plan.key_tiles
     return struct.tobytes()
 

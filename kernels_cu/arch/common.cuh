@@ -198,6 +198,10 @@ DEVICE void load_global(uint32 (&words)[kBytes == 2 ? 1 : kBytes / 4], const voi
     words[0] = __ldg(static_cast<const unsigned short*>(global));
   }
 }
+// 16 bytes.
+DEVICE void store_global(void* global, const uint32 (&words)[4]) {
+  *static_cast<uint4*>(global) = {words[0], words[1], words[2], words[3]};
+}
 DEVICE void reduce_add(float* address, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }

@@ -65,6 +65,10 @@ DEVICE void add_floats_to_global(float* global, SharedAddress shared, int bytes)
                "r"(bytes)
                : "memory");
 }
+// Adds two floats, 8 bytes aligned, to floats in global memory.
+DEVICE void reduce_add(float* global, float x, float y) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(global), "f"(x), "f"(y) : "memory");
+}
 DEVICE void copy_to_global_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Waits until at most kPending of this thread's committed groups of copies have yet to read shared memory.
 template <int kPending = 0>

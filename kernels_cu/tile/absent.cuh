@@ -31,6 +31,7 @@ struct AbsentRows {
   template <int kThreads>
   DEVICE static void meet(int barrier) {
     arch::fence_async_proxy();
+    arch::warp_barrier();  // a named barrier counts whole warps, and the leader may be behind with giving a buffer back
     arch::named_barrier_sync(barrier, kThreads);
   }
 };

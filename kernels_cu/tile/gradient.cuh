@@ -93,4 +93,22 @@ struct DqShare {
   }
 };
 
+// Where each query head of a group has tiles of its own, dk and dv of the group are summed in float32: rows of dk and dv side by side.
+template <class Config>
+struct GroupSums {
+  static constexpr int kColumns = Config::head_dim + Config::head_dim_v;
+
+  static DEVICE float* row(const BackwardParams& params, int batch, int kv_head, int key) {
+    const int64 pair = static_cast<int64>(batch) * params.shape.num_kv_heads + kv_head;
+    return params.dkv_accum + (pair * params.padded_seqlen_k + key) * kColumns;
+  }
+
+  // All threads of a grid of `threads` share the work.
+  static DEVICE void clear(const BackwardParams& params, int64 thread, int64 threads) {
+    const int64 rows = static_cast<int64>(params.shape.batch) * params.shape.num_kv_heads * params.padded_seqlen_k;
+    float4* floats = reinterpret_cast<float4*>(params.dkv_accum);
+    for (int64 i = thread; i < rows * (kColumns / 4); i += threads) floats[i] = {0.f, 0.f, 0.f, 0.f};
+  }
+};
+
 }  // namespace tile

@@ -51,7 +51,8 @@ struct QueryCursor {
 // through the heads of the group for each. Under a causal mask key blocks begin together and end one after another, so in this order
 // CTAs of one key/value head stay in step, and a query block is in L2 when the others want it; head after head they would drift apart.
 // A later key block never reaches a query block before an earlier one does, which the turns of dq rely on.
-template <class Config, int kBlockM, int kBlockN>
+// Where groups are split, every query head has CTAs of its own, which add to the dk and dv that the heads of a group share.
+template <class Config, int kBlockM, int kBlockN, bool kSplitGroups = false>
 struct KeyWork {
   int n_block, kv_head, batch;
   Range blocks;
@@ -59,24 +60,28 @@ struct KeyWork {
 
   DEVICE KeyWork(const Shape& shape, int index) {
     const TileIndex at = tile_of(shape, index);
-    n_block = at.block, kv_head = at.head, batch = at.batch;
+    n_block = at.block, kv_head = kv_head_of(shape, at), batch = at.batch;
     const Band<Config> band(shape, Sequence(shape, batch));
     blocks = band.template query_blocks<kBlockM, kBlockN>(n_block * kBlockN);
-    first_head = kv_head * shape.group_size;
-    end_head = first_head + shape.group_size;
+    first_head = kSplitGroups ? at.head : kv_head * shape.group_size;
+    end_head = first_head + (kSplitGroups ? 1 : shape.group_size);
   }
 
   // Under a causal mask the first keys are seen by the most rows.
   DEVICE static TileIndex tile_of(const Shape& shape, int index) {
-    const int num_blocks = ceil_divide(shape.seqlen_k, kBlockN);
-    if constexpr (Config::window_right)
-      return longest_first(index, num_blocks, shape.num_kv_heads, shape.batch, shape.section_heads);
-    return head_after_head(index, num_blocks, shape.num_kv_heads);
+    const int num_blocks = ceil_divide(shape.seqlen_k, kBlockN), num_heads = kSplitGroups ? shape.num_heads : shape.num_kv_heads;
+    if constexpr (Config::window_right) return longest_first(index, num_blocks, num_heads, shape.batch, shape.section_heads);
+    return head_after_head(index, num_blocks, num_heads);
+  }
+
+  DEVICE static int kv_head_of(const Shape& shape, const TileIndex& at) {
+    return kSplitGroups ? at.head / shape.group_size : at.head;
   }
 
   DEVICE bool is_empty() const { return blocks.begin == blocks.end; }
   DEVICE QueryCursor first() const { return {first_head, blocks.end - 1}; }
   DEVICE QueryCursor next(const QueryCursor& at) const {
+    if constexpr (kSplitGroups) return {at.head, at.block - 1};
     return at.head + 1 < end_head ? QueryCursor{at.head + 1, at.block} : QueryCursor{first_head, at.block - 1};
   }
   DEVICE bool has(const QueryCursor& at) const { return at.block >= blocks.begin; }

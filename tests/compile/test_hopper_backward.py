@@ -30,18 +30,18 @@ MASKS = (matrix.PLAIN, ("causal",), ("window_left",), ("window_left", "causal"))
 QUICK_MASKS = MASKS[:2]
 LIGHT = (("alibi",), ("negative_scale",))
 HEAVY = tuple(
-    (*names, *other)
-    for names in (("dropout",), ("softcap",), ("softcap", "dropout"))
-    for other in ((), ("alibi",))
+    (*names, *other) for names in (("dropout",), ("softcap",), ("softcap", "dropout")) for other in ((), ("alibi",))
 )
 PADDED = tuple(("key_padding", *extras) for extras in ((), ("alibi",), *HEAVY))
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x"
 HERE = "arch::product_wait_here(shape.num_heads);"
 
 
-def kernels(row: BackwardRow, features: tuple[str, ...], dtype: str = "bfloat16") -> dict[str, matrix.Kernel]:
+def kernels(
+    row: BackwardRow, features: tuple[str, ...], dtype: str = "bfloat16", **others: object
+) -> dict[str, matrix.Kernel]:
     """The kernels of a backward by entry point."""
-    steps = matrix.kernels_of("sm_90a", "backward", features, row.head_dim, dtype=dtype, kernels="sm90")
+    steps = matrix.kernels_of("sm_90a", "backward", features, row.head_dim, dtype=dtype, kernels="sm90", **others)
     return {kernel.step.spec.entry: kernel for kernel in steps}
 
 
@@ -156,6 +156,27 @@ def test_softcap_and_dropout_have_their_registers(row, features, dtype, repeatab
 @pytest.mark.parametrize(("row", "features", "dtype"), cases(with_masks(*PADDED), PADDED[:1]))
 def test_key_padding_has_its_registers(row, features, dtype):
     assert checked(kernels(row, features, dtype)["backward_sm90"]).registers == REGISTERS
+
+
+@pytest.mark.parametrize(
+    ("row", "features", "dtype"),
+    [
+        case
+        for case in cases(with_masks((), *LIGHT, *HEAVY, *PADDED), (("causal",), ("causal", *HEAVY[-1])))
+        if case.values[0].split_groups_from is not None
+    ],
+)
+def test_heads_of_a_group_add_to_sums(row, features, dtype, tmp_path):
+    """The same loop; then two floats at a time to global memory instead of tiles of dk and dv."""
+    grouped = kernels(row, features, dtype, num_kv_heads=1)
+    report = checked(grouped["backward_sm90"])
+    assert report.registers == REGISTERS
+    sass = disassemble(report.cubin, tmp_path)
+    assert len(re.findall(r"REDG?\.E\.ADD\.F32x2", sass)) == row.head_dim // 2
+    assert "UTMASTG" not in sass
+    assert "STL" not in sass
+    for entry in ("backward_prepare", "backward_finish_groups"):
+        checked(grouped[entry])
 
 
 def test_products_of_a_step(plain):

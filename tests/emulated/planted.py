@@ -27,7 +27,7 @@ class Bug:
     """``before`` becomes ``after`` in the text of kernel ``entry``; running ``case`` must then raise ``error``.
 
     ``before`` must occur exactly once, so that a bug cannot outlive the line that it changes. ``tile`` names one of the
-    small tiles of the tests of the portable kernels.
+    small tiles of the tests of the portable kernels, ``row`` overrides fields of a row of the Hopper kernels.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Bug:
     case: Case = PLAIN
     tile: str = ""
     arch: str = "sm_80"
+    row: tuple[tuple[str, int], ...] = ()
 
     @property
     def is_forward(self) -> bool:
@@ -52,7 +53,7 @@ class Bug:
         return text.replace(self.before, self.after)
 
     def emulation(self, schedule: Schedule = Schedule(), *, planted: bool) -> Emulation:
-        plain = Emulation(self.arch, schedule=schedule)
+        plain = Emulation(self.arch, tile=self.row, schedule=schedule)
         if self.arch == "sm_80":
             tiles = test_forward.SMALL_TILES if self.is_forward else test_backward.SMALL_TILES
             plain = replace(plain, tile=tiles[self.tile or next(iter(tiles))])

@@ -44,8 +44,7 @@ END_OF_OUTPUT = """arch::product_wait<0>();
       ++use;
     }"""
 END_OF_STEP = END_OF_OUTPUT.replace("    }", "      drop")
-CLEAR_IN_PASSING = \
-    "clear_absent_values(shared, use, begin + num_blocks - 1, sequence.seqlen_k, shape.seqlen_k);"
+CLEAR = "    clear_absent_values(shared, use, loaded, sequence.seqlen_k, shape.seqlen_k);"
 
 FORWARD_BUGS = [
     forward_bug("keys released before their product has ended", error=TwinError, message=OVERWRITTEN, case=MANY_KEYS,
@@ -140,7 +139,7 @@ FORWARD_BUGS = [
     forward_bug("a passing block not given back", error=TwinError, message=DEADLOCK, case=PASSING,
         before="        if (leader) shared.v.release(use);\n      }\n    };", after="      }\n    };"),
     forward_bug("a block passes out of turn", error=TwinError, message=DEADLOCK, case=PASSING,
-        before="        turns.wait();\n        turns.pass();\n        clear", after="        clear"),
+        before="        turns.wait();\n        turns.pass();\n        if", after="        if"),
     forward_bug("half of the first block too often", error=WrongAnswer, case=PASSING,
         before=".end < 2 * blocks.end)", after=".end <= 2 * blocks.end)"),
     forward_bug("probabilities of the last tile beyond the first half", error=WrongAnswer, case=PASSING,
@@ -148,7 +147,7 @@ FORWARD_BUGS = [
     forward_bug("output not rescaled", error=WrongAnswer,
         before="tile::scale_rows(out, rescale);", after=";"),
     forward_bug("values of absent keys not cleared", error=WrongAnswer, case=PADDED,
-        before="if (!absent.exist()) return;\n    constexpr int kAll", after="return;\n    constexpr int kAll"),
+        before="|| !absent.exist()) return;", after="|| true) return;"),
     forward_bug("values of absent keys cleared from the next row on", error=WrongAnswer, case=PADDED,
         before="begin(used - first_row)", after="begin(used + 1 - first_row)"),
     forward_bug("values of absent keys cleared in the first chunk only", error=WrongAnswer, case=PADDED,
@@ -157,14 +156,13 @@ FORWARD_BUGS = [
         case=PADDED,
         before="shared.v.wait_full(use);\n    absent.", after="absent."),
     forward_bug("missing proxy fence after values are cleared", error=TwinError, message=PROXY, case=PADDED,
-        before="arch::fence_async_proxy();\n    arch::named_barrier_sync(barrier, kThreads);",
-        after="arch::named_barrier_sync(barrier, kThreads);"),
+        before="arch::fence_async_proxy();\n    arch::warp_barrier();", after="arch::warp_barrier();"),
     forward_bug("missing barrier after values are cleared", error=TwinError, message=f"{RACE}|{PROXY}", case=PADDED,
         before="arch::named_barrier_sync(barrier, kThreads);", after=""),
     forward_bug("a passing warpgroup does not clear", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
-        before=CLEAR_IN_PASSING, after=""),
-    forward_bug("a passing warpgroup clears in its turn", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
-        before=f"turns.pass();\n        {CLEAR_IN_PASSING}", after=f"{CLEAR_IN_PASSING}\n        turns.pass();"),
+        before=CLEAR, after=f"if (blocks.end == loaded.end) {CLEAR}"),
+    forward_bug("a warpgroup clears in its turn", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
+        before=CLEAR, after=f"turns.wait();\n{CLEAR}\n    turns.pass();"),
     forward_bug("every packed head has the first one's queries", error=WrongAnswer, case=PACKED,
         before="at.block * kQueries, at.head + h, at.batch", after="at.block * kQueries, at.head, at.batch"),
     forward_bug("packed heads over each other", error=TwinError, message=RACE, case=PACKED,
@@ -183,6 +181,7 @@ HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128
 ROWS = replace(HALVES, id="rows", seqlen_q=333, head_dim=64)
 HOLES = replace(HALVES, id="holes", dropout_p=0.3)
 MANY_TILES = replace(HALVES, id="many-tiles", batch=4)
+SPLIT = {"case": replace(HALVES, id="split", num_heads=4, num_kv_heads=2), "row": (("split_groups_from", 1),)}
 CAPPED = replace(HALVES, id="capped", softcap=1.0)
 EARLY = replace(ROWS, id="early", causal=False)  # scores of the next queries at the end of a step
 
@@ -278,8 +277,7 @@ BACKWARD_BUGS = [
     backward_bug("dout cleared before it arrives", error=TwinError, message=f"{ARRIVING}|{RACE}", case=PADDED_QUERIES,
         before="    dout.wait_full(use);\n    absent", after="    absent"),
     backward_bug("missing proxy fence after queries are cleared", error=TwinError, message=PROXY, case=PADDED_QUERIES,
-        before="arch::fence_async_proxy();\n    arch::named_barrier_sync(barrier, kThreads);",
-        after="arch::named_barrier_sync(barrier, kThreads);"),
+        before="arch::fence_async_proxy();\n    arch::warp_barrier();", after="arch::warp_barrier();"),
     backward_bug("missing barrier after queries are cleared", error=TwinError, message=f"{RACE}|{PROXY}",
         case=PADDED_QUERIES,
         before="arch::named_barrier_sync(barrier, kThreads);", after=""),
@@ -296,6 +294,14 @@ BACKWARD_BUGS = [
         after="arch::product_wait<1>();\n    if constexpr (kNextScores)"),
     backward_bug("next queries not cleared", error=WrongAnswer, case=PADDED_EARLY,
         before="if (work.has(next)) clear_absent_queries(next_use, next);", after=""),
+    backward_bug("every head of a group by itself reads keys of its own", error=WrongAnswer, **SPLIT,
+        before="return kSplitGroups ? at.head / shape.group_size : at.head;",
+        after="return at.head % shape.num_kv_heads;"),
+    backward_bug("sums of dv begin where those of dk do", error=WrongAnswer, **SPLIT,
+        before="add_gradient(common, dv, done, warp_key, Config::head_dim);",
+        after="add_gradient(common, dv, done, warp_key, 0);"),
+    backward_bug("sums of a group not cleared", error=WrongAnswer, **SPLIT, entry="backward_prepare",
+        before="tile::GroupSums<Config>::clear", after="if (thread < 0) tile::GroupSums<Config>::clear"),
 ]  # fmt: skip
 
 # dq alone: two warpgroups of queries, as many blocks of keys as it takes to come back to a buffer.

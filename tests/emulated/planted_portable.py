@@ -55,7 +55,7 @@ FORWARD_BUGS = [
         "shape.top_left ? 0 : seqlen_k - seqlen_q", "shape.top_left ? 0 : shape.seqlen_k - shape.seqlen_q",
         WrongAnswer, case=USED),
     Bug("wrong kv head of a group", "forward_sm80",
-        "head / shape.group_size", "head % shape.num_kv_heads", WrongAnswer, case=GROUPED),
+        "kv_head = head / shape.group_size", "kv_head = head % shape.num_kv_heads", WrongAnswer, case=GROUPED),
     Bug("8-bit dropout threshold", "forward_sm80",
         "return word >= threshold;", "return word >> 24 >= threshold >> 24;", WrongAnswer, case=FEATURES),
     Bug("dropout ignores the head", "forward_sm80",

@@ -225,6 +225,30 @@ def test_keys_and_values_alone(row: str) -> None:
     assert all(alone[key].tobytes() == together[key].tobytes() for key in ("dk", "dv"))
 
 
+_GROUPS = {"seqlen_q": 203, "seqlen_k": 333, "num_heads": 6, "num_kv_heads": 2, "batch": 2}
+SPLIT_GROUPS = [
+    Case("causal", **_GROUPS, head_dim=128, causal=True),
+    Case("richest", **_GROUPS, head_dim=128, window_size=(150, 20), softcap=2.0, dropout_p=0.2, alibi="head"),
+    Case("head-dims", **_GROUPS, head_dim=88, head_dim_v=104, alibi="batch", dtype="float16"),
+    Case("used", **_GROUPS | {"seqlen_q": 333}, head_dim=96, seqused_q=(333, 9), seqused_k=(256, 140), causal=True),
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id, marks=pytest.mark.slow if number else [])
+        for number, case in enumerate(SPLIT_GROUPS)
+    ],
+)
+def test_heads_of_a_group_add_to_sums(case: Case) -> None:
+    emulation = replace(emulation_of(case), tile=(("split_groups_from", 1),))
+    problem, arrays, *_ = operands(case)
+    assert emulation.plan_backward(problem).split_groups
+    report = check(run("backward", case, emulation), problem, arrays)
+    assert report.ok, f"\n{report}"
+
+
 def random_case(seed: int) -> Case:
     """Any problem that the Hopper forward takes, with tiles that are empty, whole or cut by any edge."""
     rng = np.random.default_rng(seed)
@@ -252,9 +276,7 @@ def random_case(seed: int) -> Case:
     return Case(f"random-{seed}", **keywords)
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=[] if seed < 6 else pytest.mark.slow) for seed in range(30)]
-)
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[] if seed < 6 else pytest.mark.slow) for seed in range(30)])
 def test_random_problem(seed: int) -> None:
     case = random_case(seed)
     arrays = case.arrays()

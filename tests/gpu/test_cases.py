@@ -15,7 +15,16 @@ from cuflash.testing import check
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+_LONG = {"batch": 2, "seqlen_q": 2100, "seqlen_k": 1500, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128}
+LONG_GROUPS = [  # long enough for tiles of single query heads in the backward
+    Case("long-groups-causal", **_LONG, causal=True),
+    Case("long-groups-float16", **_LONG | {"head_dim": 96, "head_dim_v": 120}, dtype="float16", alibi="head"),
+    Case("long-groups-richest", **_LONG, window_size=(700, 20), softcap=2.0, dropout_p=0.2, alibi="batch"),
+    Case("long-groups-used", **_LONG, seqused_q=(2100, 65), seqused_k=(1040, 1500), causal=True, sinks=True),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *LONG_GROUPS], ids=str)
 def test_matches_the_oracle(case: Case):
     arrays = case.arrays()
     poison_unused(arrays)

@@ -121,6 +121,28 @@ def test_key_blocks_serve_the_query_heads_of_a_group(kv_heads, seqlen_k, key_blo
     assert prepare.grid == finish.grid == 16 * HEADS * BATCH
 
 
+@pytest.mark.parametrize(("seqlen_q", "kv_heads", "splits"), [(2047, 2, False), (2048, 2, True), (4096, HEADS, False)])
+def test_long_groups_are_split(seqlen_q, kv_heads, splits):
+    """A tile takes one query head then; the sums of dk and dv are as long as whole blocks of keys."""
+    plan = plan_backward(problem_of(128, 96, seqlen_q=seqlen_q, seqlen_k=1000, kv_heads=kv_heads), HOPPER)
+    assert plan.split_groups is splits
+    assert entries(plan)[3:] == ["backward_finish_groups"] * splits
+    assert config_of(plan.steps[0])["split_groups"] is config_of(plan.steps[1])["split_groups"] is splits
+    heads = HEADS if splits else kv_heads
+    assert plan.key_tiles == 8 * heads * BATCH
+    assert plan.workspace.get("dkv_accum") == (((BATCH, kv_heads, 1024, 256), "float32") if splits else None)
+    if splits:
+        assert plan.steps[3].grid == 8 * kv_heads * BATCH
+        assert "a tile takes one query head" in plan.explain()
+
+
+def test_rows_without_registers_split_no_groups():
+    """Of 64 columns, of the kernels that leave dq to another, and of head dims above 128."""
+    for head_dim, keywords in ((64, {}), (128, {"deterministic": True}), (256, {})):
+        plan = plan_backward(problem_of(head_dim, head_dim, seqlen_q=8192, kv_heads=1, **keywords), HOPPER)
+        assert not plan.split_groups
+
+
 def test_sinks_take_a_step_of_their_own():
     plan = plan_backward(problem_of(operands=SINKS), HOPPER)
     *_, sinks = plan.steps

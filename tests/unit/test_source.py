@@ -96,6 +96,8 @@ def specs() -> list[KernelSpec]:
     problems = [Problem.build(views, causal=True, kernels=kernels) for kernels in ("sm90", "sm80")]
     wide = {name: View.of((1, 100, 2, 256), "float16") for name in "qkv"}
     problems.append(Problem.build(wide, kernels="sm90"))
+    grouped = {name: View.of((1, 4096, 2 if name == "q" else 1, 128), "float16") for name in "qkv"}
+    problems.append(Problem.build(grouped, kernels="sm90"))
     return [step.spec for problem in problems for plan in plan_passes(problem, device) for step in plan.steps]
 
 

@@ -195,6 +195,9 @@ DEVICE void load_global(uint32 (&words)[kBytes == 2 ? 1 : kBytes / 4], const voi
   words[0] = 0;
   twin::read_global(global, words, kBytes, where);
 }
+DEVICE void store_global(void* global, const uint32 (&words)[4], Where where = {}) {
+  twin::write_global(global, words, sizeof words, where);
+}
 DEVICE void reduce_add(float* address, float value, Where where = {}) {
   float sum;
   twin::read_global(address, &sum, sizeof sum, where);

@@ -39,6 +39,10 @@ DEVICE void copy_bytes_to_shared(SharedAddress shared, const void* global, int b
 DEVICE void add_floats_to_global(float* global, SharedAddress shared, int bytes, Where where = {}) {
   twin::add_floats_to_global(global, shared, bytes, where);
 }
+DEVICE void reduce_add(float* global, float x, float y, Where where = {}) {
+  reduce_add(global, x, where);
+  reduce_add(global + 1, y, where);
+}
 DEVICE void copy_to_global_commit() { twin::commit_departures(); }
 template <int kPending = 0>
 DEVICE void copy_to_global_wait_read() {
