@@ -179,7 +179,7 @@ CONFIG_FIELDS = {
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
     "backward_sm90": (
         *("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, *_USED),
-        *("with_dq", "next_scores", "split_groups"),
+        *("with_dq", "split_groups"),
     ),
     "backward_keys_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "used_queries"),
     "backward_queries_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_DQ_SCHEDULE, *_SCORES, *_USED),

@@ -124,10 +124,9 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
 def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     layout, head_dim, head_dim_v = problem.layout, problem.head_dim, problem.head_dim_v
     extras = (problem.modifiers.softcap != 0) + problem.modifiers.alibi + (problem.dropout is not None)
-    light = problem.mask.right is None and problem.modifiers.softcap == 0 and problem.dropout is None
-    tile = backward_row(head_dim, head_dim_v, split=problem.deterministic, light=light)
+    tile = backward_row(head_dim, head_dim_v, split=problem.deterministic)
     dq_tile = queries_row(head_dim, head_dim_v, extras=extras) if tile.split else None
-    split_groups = tile.splits_groups(problem.group_size, layout.seqlen_q)
+    split_groups = tile.splits_groups(problem.group_size, layout.seqlen_q, causal=problem.mask.right is not None)
     config = score_config(problem) | {
         "head_dim": ("int", tile.columns(head_dim)),
         "head_dim_v": ("int", tile.columns(head_dim_v)),
@@ -140,7 +139,6 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
         "split_groups": ("bool", split_groups),
-        "next_scores": ("bool", tile.next_scores),
         "used_queries": ("bool", layout.used_q),
         "used_keys": ("bool", layout.used_k),
     }

@@ -108,15 +108,11 @@ class BackwardRow:
         What head_dim and head_dim_v are both padded to: halves of a dq tile are 64 columns or 64 rows.
     split : bool
         Another kernel computes dq: a repeatable sum at no price, for seven products instead of five.
-    light : bool
-        The row is only for masks that do not cut to the right, without a softcap and without dropout.
     block_m : int
         Queries of a block; the keys of a block are 128, two warpgroups of 64.
-    next_scores : bool
-        The next step's scores are started at the end of a step, behind the product of dk.
     split_groups_from : int or None
-        From this seqlen_q on, a tile takes one query head and adds to the sums of its group; None where the kernel has
-        no registers for that.
+        From this seqlen_q on, under a mask that cuts to the right, a tile takes one query head and adds to the sums of
+        its group; None where the kernel has no registers for that.
     persistent : bool
         A CTA a multiprocessor goes from tile to tile, and loads the next one's operands meanwhile; else a CTA a tile.
     reason : str
@@ -125,9 +121,7 @@ class BackwardRow:
 
     head_dim: int
     split: bool
-    light: bool
     block_m: int
-    next_scores: bool
     split_groups_from: int | None
     reason: str
     persistent: bool = True
@@ -144,7 +138,7 @@ class BackwardRow:
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Dynamic shared memory: the layout at the top of backward_sm90.cu.
 
-        >>> [backward_row(96, 96, split=split, light=False).shared_bytes(128, 128) // 1024 for split in (False, True)]
+        >>> [backward_row(96, 96, split=split).shared_bytes(128, 128) // 1024 for split in (False, True)]
         [225, 161]
         """
         k_or_v, q_or_dout = tile_bytes(self.block_n, self.head_dim), tile_bytes(self.block_m, self.head_dim)
@@ -153,13 +147,14 @@ class BackwardRow:
         barriers = (2 * 2 * (1 + STAGES) + 1) * BARRIER_BYTES
         return 3 * k_or_v + stages + (0 if self.split else ds + dq) + barriers + QUEUE_BYTES
 
-    def splits_groups(self, group_size: int, seqlen_q: int) -> bool:
-        """Whether tiles take single query heads: more tiles and shorter ones, whose operands stay in L2."""
-        return group_size > 1 and self.split_groups_from is not None and seqlen_q >= self.split_groups_from
+    def splits_groups(self, group_size: int, seqlen_q: int, *, causal: bool) -> bool:
+        """Whether tiles take single query heads: more and shorter ones, so that unequal ones end together."""
+        long = self.split_groups_from is not None and seqlen_q >= self.split_groups_from
+        return causal and group_size > 1 and long
 
     def describe(self) -> str:
         schedule = f"{self.num_consumers} consumer warpgroups, head_dim {self.head_dim}"
-        return f"{self.block_m}x{self.block_n}, {schedule}" + ", next scores early" * self.next_scores
+        return f"{self.block_m}x{self.block_n}, {schedule}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +176,12 @@ class KeysRow:
     reason: str
 
     entry, persistent = "backward_keys_sm90", False
-    split, light, next_scores = True, False, False
+    split = True
     block_n = WARPGROUP_ROWS
     num_warps = 8  # of the preparation
     threads = WARPGROUP_THREADS * 3
 
-    def splits_groups(self, group_size: int, seqlen_q: int) -> bool:
+    def splits_groups(self, group_size: int, seqlen_q: int, *, causal: bool) -> bool:
         return False
 
     def columns(self, head_dim: int) -> int:
@@ -195,7 +190,7 @@ class KeysRow:
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Dynamic shared memory: the layout at the top of backward_keys_sm90.cu.
 
-        >>> backward_row(256, 256, split=True, light=False).shared_bytes(256, 256) // 1024
+        >>> backward_row(256, 256, split=True).shared_bytes(256, 256) // 1024
         225
         """
         k_and_v = tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, head_dim_v)
@@ -273,12 +268,11 @@ FORWARD = (
     ForwardRow(256, 256, None, None,  ANY, 2, 80,  1, 0, False, True,  2, "0.96 to 0.99; 64 keys: 0.94 to 0.96"),
 )
 BACKWARD = (
-    #           D    split  light  block_m next_scores split_groups_from
-    BackwardRow(64,  False, True,  128, True,  None, "unmeasured: a prototype gained 6 % and, causal, lost 4 %"),
-    BackwardRow(64,  False, False, 128, False, None, "1.14 to 1.32 of cuDNN with a CTA a tile"),
-    BackwardRow(64,  True,  False, 128, False, None, "0.93 to 1.02 of cuDNN, for repeatable sums"),
-    BackwardRow(128, False, False, 64,  False, 2048, "1.02 to 1.17 of cuDNN with a CTA a tile"),
-    BackwardRow(128, True,  False, 64,  False, None, "0.87 to 1.00 of cuDNN, for repeatable sums"),
+    #           D    split  block_m split_groups_from
+    BackwardRow(64,  False, 128, None, "1.14 to 1.32 of cuDNN with a CTA a tile"),
+    BackwardRow(64,  True,  128, None, "0.93 to 1.02 of cuDNN, for repeatable sums"),
+    BackwardRow(128, False, 64,  4096, "1.02 to 1.17 of cuDNN with a CTA a tile"),
+    BackwardRow(128, True,  64,  None, "0.87 to 1.00 of cuDNN, for repeatable sums"),
     KeysRow(256, 64, "1.24 to 1.48 of cuDNN"),
 )
 QUERIES = (
@@ -334,17 +328,13 @@ def forward_row(
     )
 
 
-def backward_row(head_dim: int, head_dim_v: int, *, split: bool, light: bool) -> BackwardRow | KeysRow:
+def backward_row(head_dim: int, head_dim_v: int, *, split: bool) -> BackwardRow | KeysRow:
     """Choose the first row that serves a problem; ``split`` insists on one that leaves dq to a kernel of its own.
 
-    >>> backward_row(96, 64, split=False, light=True).head_dim
+    >>> backward_row(96, 64, split=False).head_dim
     128
     """
-    return next(
-        row
-        for row in BACKWARD
-        if max(head_dim, head_dim_v) <= row.head_dim and (row.split or not split) and (light or not row.light)
-    )
+    return next(row for row in BACKWARD if max(head_dim, head_dim_v) <= row.head_dim and (row.split or not split))
 
 
 def queries_row(head_dim: int, head_dim_v: int, *, extras: int) -> QueriesRow:

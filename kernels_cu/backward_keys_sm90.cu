@@ -72,10 +72,11 @@ struct Shared {
 constexpr int kFourBytes = 16 * arch::kWarpgroupSize;
 constexpr int kValuesReadBarrier = 1, kStoreBarrier = 2;  // + 1 for dk
 constexpr int kFullBarrier = 4, kEmptyBarrier = 6;        // of the two buffers of probabilities: + use % 2
-constexpr int kClearBarrier = 8;
+constexpr int kClearBarrier = 8;                          // + 1 for dk
 constexpr int kConsumerThreads = 2 * arch::kWarpgroupSize;
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
+using Meet = tile::AtOwnBarriers<kConsumerThreads>;  // dv and dk clear absent queries at places of their own
 
 // One thread.
 DEVICE void produce(const BackwardSm90Params& params, const Shared& shared) {
@@ -139,7 +140,7 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     const int query = here.block * kBlockM;
     const float unit = modifier.unit();
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, sequence.seqlen_q,
-                                                                  shape.seqlen_q, kClearBarrier);
+                                                                  shape.seqlen_q, Meet{kClearBarrier + 1, kClearBarrier});
 
     float scores[kSize];
     tile::RowValues<kSize, !Config::softcap> lse(shared.row_lse(use));  // whose derivative leaves no registers to wait in
@@ -209,7 +210,7 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
   for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
     const int query = here.block * kBlockM;
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, sequence.seqlen_q,
-                                                                  shape.seqlen_q, kClearBarrier);
+                                                                  shape.seqlen_q, Meet{kClearBarrier, kClearBarrier + 1});
 
     float gradients[kSize];
     tile::RowValues<kSize, true> delta(shared.row_delta(use));

@@ -94,7 +94,7 @@ DEVICE void clear_absent_keys(const Shared& shared, uint32 use, int key, int use
     constexpr int kAll = kConsumers * arch::kWarpgroupSize;
     shared.k.wait_full(use);
     absent.template clear<Config::head_dim, kAll>(shared.k.stage(use));
-    absent.template meet<kAll>(kClearBarrier);
+    tile::publish(tile::AtOneBarrier<kAll>{kClearBarrier});
   }
 }
 

@@ -163,8 +163,6 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
 }
 
 constexpr int kSize = kBlockM / 2;  // scores of a thread
-// Scores of the next step are started behind the products of this one, and run beside what else there is to do at its end.
-constexpr bool kNextScores = Config::next_scores;
 // Under a mask that cuts to the right, 64 queries before the keys of the second warpgroup see none of them: it has no products of its
 // own there, only its half of dq, and none in the steps that follow.
 constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
@@ -184,7 +182,7 @@ DEVICE void clear_absent_keys(const Shared& shared, const Work& work, int used, 
     const tile::AbsentRows<kBlockN> absent(work.n_block * kBlockN, used, allocated);
     if (!absent.exist() || work.is_empty()) return;
     absent.template clear<Config::head_dim, kConsumerThreads>(shared.k.data);
-    absent.template meet<kConsumerThreads>(kClearBarrier);
+    tile::publish(tile::AtOneBarrier<kConsumerThreads>{kClearBarrier});
   }
 }
 
@@ -248,24 +246,6 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
   shared.k.wait_full(round);
   shared.v.wait_full(round);
   clear_absent_keys(shared, work, sequence.seqlen_k, shape.seqlen_k);
-  const auto clear_absent_queries = [&](uint32 use, const tile::QueryCursor& there) {
-    const int used = tile::Sequence(shape, work.batch).seqlen_q;  // worked out anew: a register less through the loop
-    tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, there.block * kBlockM, used,
-                                                                  shape.seqlen_q, kClearBarrier);
-  };
-  const auto start_scores = [&](float(&scores)[kSize], uint32 use) {
-    tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.k.data, group_key, shared.q.stage(use));
-  };
-  float next_scores[kSize];
-  if constexpr (kNextScores) {
-    if (!work.is_empty()) {
-      clear_absent_queries(use, work.first());
-      shared.q.wait_full(use);
-      start_scores(next_scores, use);
-      arch::product_wait<0>();
-      arch::pin(next_scores);
-    }
-  }
 #pragma unroll 1
   for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
     const tile::Modifier<Config> modifier(common.score, work.batch, here.head);
@@ -291,7 +271,9 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
     };
 
-    if constexpr (!kNextScores) clear_absent_queries(use, here);
+    const int used = tile::Sequence(shape, work.batch).seqlen_q;  // worked out anew: a register less through the loop
+    tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, used, shape.seqlen_q,
+                                                                  tile::AtOneBarrier<kConsumerThreads>{kClearBarrier});
     if constexpr (kBlind) {
       if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
         shared.q.wait_full(use);
@@ -312,13 +294,12 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       }
     }
 
-    float own_scores[kSize], gradients[kSize];
-    float(&scores)[kSize] = kNextScores ? next_scores : own_scores;
+    float scores[kSize], gradients[kSize];
     tile::RowValues<kSize, kAhead> row_lse(shared.row_lse(use)), row_delta(shared.row_delta(use));
 
-    if constexpr (!kNextScores) shared.q.wait_full(use);
+    shared.q.wait_full(use);
     row_lse.load_ahead();  // now: such loads starve beside a product of 64 columns
-    if constexpr (!kNextScores) start_scores(scores, use);
+    tile::start_transposed<Element, Config::head_dim, kBlockN, kBlockM>(scores, shared.k.data, group_key, shared.q.stage(use));
     shared.dout.wait_full(use);
     tile::start_transposed<Element, Config::head_dim_v, kBlockN, kBlockM>(gradients, shared.v.data, group_key,
                                                                           shared.dout.stage(use));
@@ -356,10 +337,8 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       if (cut) band.template select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);
       tile::to_operand<Element>(tile::part_of<kPart / 2>(ds, part), part_gradients);
     };
-    if constexpr (!kNextScores) {
-      arch::product_wait<1>();
-      arch::pin(scores);
-    }
+    arch::product_wait<1>();
+    arch::pin(scores);
     if constexpr (Config::softcap) {
       // Probabilities wait for dP: the derivative of the cap goes there, as it has no registers to wait in.
       modifier.cap(scores);
@@ -399,14 +378,7 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       start_dq(dq);
       end_dv();
       start_dk();
-      if constexpr (kNextScores) {
-        const tile::QueryCursor next = work.next(here);
-        const uint32 next_use = work.has(next) ? use + 1 : use;  // the last step's own scores again: no branch around a product
-        if (work.has(next)) clear_absent_queries(next_use, next);
-        shared.q.wait_full(next_use);
-        start_scores(scores, next_use);
-      }
-      arch::product_wait<kNextScores ? 2 : 1>();
+      arch::product_wait<1>();
       arch::pin(dq);
       hand_over_dq(dq);
     } else {
@@ -419,7 +391,6 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
     arch::product_wait<0>();
     arch::pin(dk);
     arch::pin(ds);
-    if constexpr (kNextScores) arch::pin(scores);
     if (leader) shared.q.release(use);
   }
 

@@ -165,7 +165,7 @@ DEVICE void clear_absent_values(const Shared& shared, uint32 use, const tile::Ra
     constexpr int kAll = kConsumers * arch::kWarpgroupSize;
     shared.v.wait_full(use);
     absent.template clear<Config::head_dim_v, kAll>(shared.v.stage(use));
-    absent.template meet<kAll>(kClearBarrier);
+    tile::publish(tile::AtOneBarrier<kAll>{kClearBarrier});
   }
 }
 

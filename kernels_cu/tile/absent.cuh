@@ -28,17 +28,37 @@ struct AbsentRows {
       for (int offset = begin * kChunkRowBytes + thread * kStep; offset < end * kChunkRowBytes; offset += kThreads * kStep)
         arch::store_shared(tile + c * kRows * kChunkRowBytes + offset, 0.f, 0.f, 0.f, 0.f);
   }
-  template <int kThreads>
-  DEVICE static void meet(int barrier) {
-    arch::fence_async_proxy();
-    arch::warp_barrier();  // a named barrier counts whole warps, and the leader may be behind with giving a buffer back
-    arch::named_barrier_sync(barrier, kThreads);
+};
+
+// Where consumers wait for each other: at one instruction, or two warpgroups at one each, where synccheck wants two barriers.
+template <int kThreads>
+struct AtOneBarrier {
+  int barrier;
+
+  DEVICE void operator()() const { arch::named_barrier_sync(barrier, kThreads); }
+};
+template <int kThreads>
+struct AtOwnBarriers {
+  int others, own;
+
+  DEVICE void operator()() const {
+    arch::named_barrier_arrive(others, kThreads);
+    arch::named_barrier_sync(own, kThreads);
   }
 };
 
+// Makes what all consumers have cleared visible to the products of all.
+template <class Meet>
+DEVICE void publish(const Meet& meet) {
+  arch::fence_async_proxy();
+  arch::warp_barrier();  // a named barrier counts whole warps, and the leader may be behind with giving a buffer back
+  meet();
+}
+
 // Zeroes absent queries and their dout: neither the mask nor their log-sum-exp, which is infinite, keeps a NaN out of dk and dv.
-template <class Config, int kBlockM, int kThreads, class Queries, class Douts>
-DEVICE void clear_absent_queries(const Queries& q, const Douts& dout, uint32 use, int query, int used, int allocated, int barrier) {
+template <class Config, int kBlockM, int kThreads, class Queries, class Douts, class Meet>
+DEVICE void clear_absent_queries(const Queries& q, const Douts& dout, uint32 use, int query, int used, int allocated,
+                                 const Meet& meet) {
   if constexpr (Config::used_queries) {
     const AbsentRows<kBlockM> absent(query, used, allocated);
     if (!absent.exist()) return;
@@ -46,7 +66,7 @@ DEVICE void clear_absent_queries(const Queries& q, const Douts& dout, uint32 use
     absent.template clear<Config::head_dim, kThreads>(q.stage(use));
     dout.wait_full(use);
     absent.template clear<Config::head_dim_v, kThreads>(dout.stage(use));
-    absent.template meet<kThreads>(barrier);
+    publish(meet);
   }
 }
 

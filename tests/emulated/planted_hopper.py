@@ -156,9 +156,9 @@ FORWARD_BUGS = [
         case=PADDED,
         before="shared.v.wait_full(use);\n    absent.", after="absent."),
     forward_bug("missing proxy fence after values are cleared", error=TwinError, message=PROXY, case=PADDED,
-        before="arch::fence_async_proxy();\n    arch::warp_barrier();", after="arch::warp_barrier();"),
+        before="arch::fence_async_proxy();\n  arch::warp_barrier();", after="arch::warp_barrier();"),
     forward_bug("missing barrier after values are cleared", error=TwinError, message=f"{RACE}|{PROXY}", case=PADDED,
-        before="arch::named_barrier_sync(barrier, kThreads);", after=""),
+        before="  meet();\n", after=""),
     forward_bug("a passing warpgroup does not clear", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
         before=CLEAR, after=f"if (blocks.end == loaded.end) {CLEAR}"),
     forward_bug("a warpgroup clears in its turn", error=TwinError, message=DEADLOCK, case=PADDED_IN_TURN,
@@ -183,12 +183,10 @@ HOLES = replace(HALVES, id="holes", dropout_p=0.3)
 MANY_TILES = replace(HALVES, id="many-tiles", batch=4)
 SPLIT = {"case": replace(HALVES, id="split", num_heads=4, num_kv_heads=2), "row": (("split_groups_from", 1),)}
 CAPPED = replace(HALVES, id="capped", softcap=1.0)
-EARLY = replace(ROWS, id="early", causal=False)  # scores of the next queries at the end of a step
 
 # Key padding that ends within a block; of queries in one that a warpgroup is blind for.
 PADDED_KEYS = Case("padded-keys", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, seqused_k=(150,))
 PADDED_QUERIES = replace(PADDED_KEYS, id="padded-queries", seqused_k=None, seqused_q=(150,))
-PADDED_EARLY = replace(PADDED_QUERIES, id="padded-early", head_dim=64)
 PADDED_BLIND = replace(PADDED_QUERIES, id="padded-blind", causal="top_left", seqused_q=(30,))
 PADDED_KEYS_ALONE = replace(PADDED_KEYS, id="padded-keys-alone", head_dim=192)
 PADDED_QUERIES_ALONE = replace(PADDED_QUERIES, id="padded-queries-alone", head_dim=192)
@@ -208,7 +206,7 @@ BACKWARD_BUGS = [
         after="16 * t + lane % 8 + lane / 8 % 2 * 8, column + lane / 16 * 8"),
     backward_bug("queries of the backward released early", error=TwinError, message=OVERWRITTEN,
         before="arch::product_wait<0>();\n    arch::pin(dk);\n    arch::pin(ds);\n"
-               "    if constexpr (kNextScores) arch::pin(scores);\n    if (leader) shared.q.release(use);",
+               "    if (leader) shared.q.release(use);",
         after="if (leader) shared.q.release(use);\n    arch::product_wait<0>();"),
     backward_bug("dS overwritten in flight", error=TwinError, message=UNDER_WAY,
         before="arch::product_wait<0>();\n    arch::pin(dk);", after="arch::pin(dk);"),
@@ -277,23 +275,14 @@ BACKWARD_BUGS = [
     backward_bug("dout cleared before it arrives", error=TwinError, message=f"{ARRIVING}|{RACE}", case=PADDED_QUERIES,
         before="    dout.wait_full(use);\n    absent", after="    absent"),
     backward_bug("missing proxy fence after queries are cleared", error=TwinError, message=PROXY, case=PADDED_QUERIES,
-        before="arch::fence_async_proxy();\n    arch::warp_barrier();", after="arch::warp_barrier();"),
+        before="arch::fence_async_proxy();\n  arch::warp_barrier();", after="arch::warp_barrier();"),
     backward_bug("missing barrier after queries are cleared", error=TwinError, message=f"{RACE}|{PROXY}",
         case=PADDED_QUERIES,
-        before="arch::named_barrier_sync(barrier, kThreads);", after=""),
+        before="  meet();\n", after=""),
     backward_bug("a blind warpgroup does not clear", error=TwinError, message=DEADLOCK, case=PADDED_BLIND,
-        before="if constexpr (!kNextScores) clear_absent_queries(use, here);",
+        before="tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(",
         after="if (query + kBlockM - 1 + sequence.offset + shape.window_right >= first_key + group_key)\n"
-              "      clear_absent_queries(use, here);"),
-    backward_bug("missing wait for the next queries", error=TwinError, message=f"{ARRIVING}|{RACE}", case=EARLY,
-        before="shared.q.wait_full(next_use);", after=""),
-    backward_bug("next scores of the present queries", error=WrongAnswer, case=EARLY,
-        before="start_scores(scores, next_use);", after="start_scores(scores, use);"),
-    backward_bug("next scores read while their product runs", error=TwinError, message=UNDER_WAY, case=EARLY,
-        before="arch::product_wait<0>();\n    arch::pin(dk);\n    arch::pin(ds);\n    if constexpr (kNextScores)",
-        after="arch::product_wait<1>();\n    if constexpr (kNextScores)"),
-    backward_bug("next queries not cleared", error=WrongAnswer, case=PADDED_EARLY,
-        before="if (work.has(next)) clear_absent_queries(next_use, next);", after=""),
+              "      tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>("),
     backward_bug("every head of a group by itself reads keys of its own", error=WrongAnswer, **SPLIT,
         before="return kSplitGroups ? at.head / shape.group_size : at.head;",
         after="return at.head % shape.num_kv_heads;"),

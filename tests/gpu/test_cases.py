@@ -15,12 +15,12 @@ from cuflash.testing import check
 pytestmark = pytest.mark.gpu
 
 
-_LONG = {"batch": 2, "seqlen_q": 2100, "seqlen_k": 1500, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128}
+_LONG = {"batch": 2, "seqlen_q": 4200, "seqlen_k": 900, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128}
 LONG_GROUPS = [  # long enough for tiles of single query heads in the backward
     Case("long-groups-causal", **_LONG, causal=True),
-    Case("long-groups-float16", **_LONG | {"head_dim": 96, "head_dim_v": 120}, dtype="float16", alibi="head"),
+    Case("long-groups-odd", **_LONG | {"head_dim": 96}, head_dim_v=120, dtype="float16", alibi="head", causal=True),
     Case("long-groups-richest", **_LONG, window_size=(700, 20), softcap=2.0, dropout_p=0.2, alibi="batch"),
-    Case("long-groups-used", **_LONG, seqused_q=(2100, 65), seqused_k=(1040, 1500), causal=True, sinks=True),
+    Case("long-groups-used", **_LONG, seqused_q=(4200, 65), seqused_k=(640, 900), causal=True, sinks=True),
 ]
 
 

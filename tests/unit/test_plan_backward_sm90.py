@@ -121,10 +121,20 @@ def test_key_blocks_serve_the_query_heads_of_a_group(kv_heads, seqlen_k, key_blo
     assert prepare.grid == finish.grid == 16 * HEADS * BATCH
 
 
-@pytest.mark.parametrize(("seqlen_q", "kv_heads", "splits"), [(2047, 2, False), (2048, 2, True), (4096, HEADS, False)])
-def test_long_groups_are_split(seqlen_q, kv_heads, splits):
+@pytest.mark.parametrize(
+    ("seqlen_q", "kv_heads", "mask", "splits"),
+    [
+        (4095, 2, {"causal": True}, False),
+        (4096, 2, {"causal": True}, True),
+        (4096, HEADS, {"causal": True}, False),
+        (4096, 2, {}, False),
+        (4096, 2, {"window_size": (None, 50)}, True),
+    ],
+)
+def test_long_groups_are_split_where_tiles_differ_in_length(seqlen_q, kv_heads, mask, splits):
     """A tile takes one query head then; the sums of dk and dv are as long as whole blocks of keys."""
-    plan = plan_backward(problem_of(128, 96, seqlen_q=seqlen_q, seqlen_k=1000, kv_heads=kv_heads), HOPPER)
+    problem = problem_of(128, 96, seqlen_q=seqlen_q, seqlen_k=1000, kv_heads=kv_heads, **mask)
+    plan = plan_backward(problem, HOPPER)
     assert plan.split_groups is splits
     assert entries(plan)[3:] == ["backward_finish_groups"] * splits
     assert config_of(plan.steps[0])["split_groups"] is config_of(plan.steps[1])["split_groups"] is splits
@@ -139,7 +149,7 @@ def test_long_groups_are_split(seqlen_q, kv_heads, splits):
 def test_rows_without_registers_split_no_groups():
     """Of 64 columns, of the kernels that leave dq to another, and of head dims above 128."""
     for head_dim, keywords in ((64, {}), (128, {"deterministic": True}), (256, {})):
-        plan = plan_backward(problem_of(head_dim, head_dim, seqlen_q=8192, kv_heads=1, **keywords), HOPPER)
+        plan = plan_backward(problem_of(head_dim, head_dim, seqlen_q=8192, kv_heads=1, causal=True, **keywords), HOPPER)
         assert not plan.split_groups
 
 
@@ -321,11 +331,10 @@ def test_aligned_dout_of_any_positive_strides_is_addressed():
 
 @pytest.mark.parametrize("row", FUSED, ids=lambda row: str(row.head_dim))
 def test_explain_shows_the_row_and_its_reason(row):
-    plan = plan_backward(problem_of(row.head_dim, row.head_dim, causal=not row.light), HOPPER)
+    plan = plan_backward(problem_of(row.head_dim, row.head_dim, causal=True), HOPPER)
     assert plan.tile == row
     text = plan.explain({"backward_sm90": 168})
-    early = ", next scores early" * row.next_scores
-    assert f"tile {row.block_m}x128, 2 consumer warpgroups, head_dim {row.head_dim}{early}: {row.reason}\n" in text
+    assert f"tile {row.block_m}x128, 2 consumer warpgroups, head_dim {row.head_dim}: {row.reason}\n" in text
     shared = row.shared_bytes(row.head_dim, row.head_dim)
     line = f"backward_sm90 [sm_90a]: grid {plan.steps[1].grid}, 384 threads, {shared} B shared, 168 registers"
     assert f"{line}, 1 blocks per SM\n" in text
@@ -339,24 +348,6 @@ def test_floor_counts_five_products_and_the_workspace():
     rows = BATCH * HEADS * 1024
     operands = 2 * 4 * 2 * math.prod((BATCH, 1000, HEADS, 128))
     assert plan.bytes == operands + 4 * BATCH * HEADS * 1000 + 2 * 4 * (rows * 128 + 2 * rows)
-
-
-@pytest.mark.parametrize(
-    ("keywords", "light"),
-    [
-        ({}, True),
-        ({"window_size": (5, None)}, True),
-        ({"dropout_p": 0.1}, False),
-        ({"causal": True}, False),
-        ({"window_size": (None, 5)}, False),
-        ({"softcap": 5.0}, False),
-        ({"deterministic": True}, False),
-    ],
-)
-def test_scores_are_started_early_where_that_pays_and_registers_suffice(keywords, light):
-    plan = plan_backward(problem_of(64, 64, **keywords), HOPPER)
-    main = next(step for step in plan.steps if step.spec.entry == "backward_sm90")
-    assert (plan.tile.light, plan.tile.next_scores, config_of(main)["next_scores"]) == (light, light, light)
 
 
 def test_plans_are_values():

@@ -130,7 +130,7 @@ def test_head_dims_are_compiled_for_in_steps_of_32():
 
 def test_explain_shows_both_rows():
     plan = plan_backward(problem_of(256, 256), HOPPER)
-    keys, queries = backward_row(256, 256, split=False, light=True), queries_row(256, 256, extras=0)
+    keys, queries = backward_row(256, 256, split=False), queries_row(256, 256, extras=0)
     text = plan.explain()
     assert f"  tile {keys.describe()}: {keys.reason}\n" in text
     assert f"  tile of dq {queries.describe()}: {queries.reason}\n" in text

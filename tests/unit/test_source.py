@@ -97,7 +97,7 @@ def specs() -> list[KernelSpec]:
     wide = {name: View.of((1, 100, 2, 256), "float16") for name in "qkv"}
     problems.append(Problem.build(wide, kernels="sm90"))
     grouped = {name: View.of((1, 4096, 2 if name == "q" else 1, 128), "float16") for name in "qkv"}
-    problems.append(Problem.build(grouped, kernels="sm90"))
+    problems.append(Problem.build(grouped, causal=True, kernels="sm90"))
     return [step.spec for problem in problems for plan in plan_passes(problem, device) for step in plan.steps]
 
 

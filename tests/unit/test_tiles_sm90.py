@@ -90,7 +90,7 @@ def test_row_is_reached(row):
 
 
 def backward_id(row) -> str:
-    return f"{row.entry}-{row.head_dim}{'-split' * row.split}{'-light' * row.light}"
+    return f"{row.entry}-{row.head_dim}{'-split' * row.split}"
 
 
 @pytest.mark.parametrize("row", BACKWARD, ids=backward_id)
@@ -101,7 +101,7 @@ def test_backward_row_is_one_that_the_kernel_can_be_compiled_for(row):
         assert row.block_m % 16 == 0, "a product contracts 16 queries"
         return
     assert (row.head_dim, row.block_m) in ((64, 128), (128, 64)), "halves of a dq tile are 64 columns or rows"
-    assert not row.next_scores or (row.block_m == 128 and not row.split), "where no warpgroup is blind, beside dq"
+    assert row.split_groups_from is None or not row.split, "sums of dk and dv are added to beside those of dq"
 
 
 @pytest.mark.parametrize("row", QUERIES, ids=lambda row: f"{row.head_dim}x{row.head_dim_v}-{row.extras}")
@@ -117,11 +117,9 @@ def test_row_of_dq_is_one_that_the_kernel_can_be_compiled_for(row):
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("light", [False, True])
-def test_every_backward_has_rows_that_fit(split, light):
+def test_every_backward_has_rows_that_fit(split):
     for head_dim, head_dim_v in PAIRS:
-        row = backward_row(head_dim, head_dim_v, split=split, light=light)
-        assert light or not row.light
+        row = backward_row(head_dim, head_dim_v, split=split)
         assert row.head_dim >= max(head_dim, head_dim_v)
         assert row.split or not split
         assert row.shared_bytes(row.columns(head_dim), row.columns(head_dim_v)) <= SHARED
@@ -133,20 +131,19 @@ def test_every_backward_has_rows_that_fit(split, light):
 
 
 @pytest.mark.parametrize(
-    ("head_dims", "split", "light", "found"),
+    ("head_dims", "split", "found"),
     [
-        ((1, 64), False, False, ("backward_sm90", 64, False, False)),
-        ((1, 64), False, True, ("backward_sm90", 64, False, True)),
-        ((1, 64), True, True, ("backward_sm90", 64, True, False)),
-        ((65, 1), False, True, ("backward_sm90", 128, False, False)),
-        ((64, 128), True, False, ("backward_sm90", 128, True, False)),
-        ((129, 64), False, True, ("backward_keys_sm90", 256, True, False)),
-        ((64, 256), True, False, ("backward_keys_sm90", 256, True, False)),
+        ((1, 64), False, ("backward_sm90", 64, False)),
+        ((1, 64), True, ("backward_sm90", 64, True)),
+        ((65, 1), False, ("backward_sm90", 128, False)),
+        ((64, 128), True, ("backward_sm90", 128, True)),
+        ((129, 64), False, ("backward_keys_sm90", 256, True)),
+        ((64, 256), True, ("backward_keys_sm90", 256, True)),
     ],
 )
-def test_backward_row_choice(head_dims, split, light, found):
-    row = backward_row(*head_dims, split=split, light=light)
-    assert (row.entry, row.head_dim, row.split, row.next_scores) == found
+def test_backward_row_choice(head_dims, split, found):
+    row = backward_row(*head_dims, split=split)
+    assert (row.entry, row.head_dim, row.split) == found
 
 
 @pytest.mark.parametrize(
