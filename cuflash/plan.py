@@ -174,16 +174,16 @@ CONFIG_FIELDS = {
     ),
     "backward_prepare": (
         *(*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic"),
-        *("with_dq", "split_groups"),
+        *("with_dq", "first_stores", "split_groups"),
     ),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
     "backward_sm90": (
         *("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, *_USED),
-        *("with_dq", "split_groups"),
+        *("with_dq", "first_stores", "split_groups"),
     ),
     "backward_keys_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "used_queries"),
     "backward_queries_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_DQ_SCHEDULE, *_SCORES, *_USED),
-    "backward_finish": (*_DQ_TILE, "store_bytes"),
+    "backward_finish": (*_DQ_TILE, "store_bytes", "first_stores"),
     "backward_finish_groups": ("Element", "head_dim", "head_dim_v", "block_n", "num_warps", "dropout"),
     "backward_sinks": (),
 }

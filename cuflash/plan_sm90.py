@@ -127,6 +127,8 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     tile = backward_row(head_dim, head_dim_v, split=problem.deterministic)
     dq_tile = queries_row(head_dim, head_dim_v, extras=extras) if tile.split else None
     split_groups = tile.splits_groups(problem.group_size, layout.seqlen_q, causal=problem.mask.right is not None)
+    heads = 1 if split_groups else problem.group_size
+    first_stores = dq_tile is None and tile.first_stores(_queries_of_keys(problem, tile.block_n), heads)
     config = score_config(problem) | {
         "head_dim": ("int", tile.columns(head_dim)),
         "head_dim_v": ("int", tile.columns(head_dim_v)),
@@ -138,6 +140,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "warpgroups": ("bool", True),
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
+        "first_stores": ("bool", first_stores),
         "split_groups": ("bool", split_groups),
         "used_queries": ("bool", layout.used_q),
         "used_keys": ("bool", layout.used_k),
@@ -145,8 +148,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     steps = [_prepare_step(problem, device, config, tile)]
     if dq_tile is not None:
         steps.append(_queries_step(problem, device, config, dq_tile))
-    heads = problem.num_heads if split_groups else problem.num_kv_heads
-    steps.append(_keys_step(problem, device, config, tile, heads))
+    steps.append(_keys_step(problem, device, config, tile, problem.num_heads // heads))
     if dq_tile is None:
         dq_bytes = tile_bytes(tile.block_m, tile.columns(head_dim))
         spec = kernel_spec("backward_finish", config, device.portable_arch)
@@ -162,6 +164,8 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     workspace = {"row_lse": (rows, "float32"), "row_delta": (rows, "float32")}
     if dq_tile is None:
         workspace["dq_accum"] = ((*rows, tile.columns(head_dim)), "float32")
+    if first_stores:
+        workspace["dq_turn"] = ((*rows[:2], rows[2] // tile.block_m), "int32")
     if split_groups:
         keys = (layout.batch, problem.num_kv_heads, round_up(layout.seqlen_k, tile.block_n))
         workspace["dkv_accum"] = ((*keys, tile.columns(head_dim) + tile.columns(head_dim_v)), "float32")
@@ -176,6 +180,12 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         dq_tile=dq_tile,
         split_groups=split_groups,
     )
+
+
+def _queries_of_keys(problem: Problem, block_n: int) -> int:
+    """The most queries that a block of keys is seen by."""
+    left, right, seqlen_q = problem.mask.left, problem.mask.right, problem.layout.seqlen_q
+    return seqlen_q if left is None or right is None else max(0, min(seqlen_q, left + right + block_n))
 
 
 def _prepare_step(problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow) -> Step:

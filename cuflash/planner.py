@@ -141,6 +141,7 @@ def _config(problem: Problem, tile: TileRow) -> Config:
         "store_bytes": ("int", store_bytes(problem, tile.pass_)),
         "split_d": ("int", tile.split_d),
         "warpgroups": ("bool", False),
+        "first_stores": ("bool", False),
         "split_groups": ("bool", False),
         "deterministic": ("bool", problem.deterministic),
         "with_dq": ("bool", True),

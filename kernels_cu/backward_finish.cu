@@ -22,7 +22,9 @@ KERNEL(kThreads, 1) backward_finish(GRID_CONSTANT BackwardParams params) {
   const SharedAddress dq_tile = arch::shared_base();
   const float* accumulator = Share::accumulator(params, batch, head, m_block);
   const float factor[2] = {params.score.scale, params.score.scale};
-  const bool keep[2] = {true, true};  // absent rows have gathered nothing
+  bool begun = true;  // no key block has stored anything for queries that see no key
+  if constexpr (Config::first_stores) begun = *tile::turn_of<Config>(params, batch, head, m_block) != 0;
+  const bool keep[2] = {begun, begun};
 #pragma unroll
   for (int s = 0; s < Share::kSlabs; ++s) {
     float slab[Share::kColumns / 2];

@@ -59,7 +59,7 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
   const tile::HeadRows<Element> out_rows(params.out, batch, head), dout_rows(params.dout, batch, head);
   const int first_row = m_block * kBlockM;
 
-  if constexpr (Config::with_dq) tile::DqShare<Config>::clear(params, batch, head, m_block);
+  if constexpr (Config::with_dq && !Config::first_stores) tile::DqShare<Config>::clear(params, batch, head, m_block);
   if constexpr (Config::split_groups) {
     const int64 thread = static_cast<int64>(arch::block_index()) * kThreads + arch::thread_index();
     tile::GroupSums<Config>::clear(params, thread, static_cast<int64>(arch::grid_size()) * kThreads);
@@ -108,5 +108,8 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
       const tile::Band<Config> band(shape, sequence);
       *tile::turn_of<Config>(params, batch, head, m_block) = band.template first_key_block<Config::block_n>(first_row);
     }
+  }
+  if constexpr (Config::first_stores) {
+    if (arch::thread_index() == 0) *tile::turn_of<Config>(params, batch, head, m_block) = 0;
   }
 }

@@ -88,7 +88,7 @@ using Work = tile::KeyWork<Config, kBlockM, kBlockN, Config::split_groups>;
 // One thread: says which tile is next, and copies its k and v when those of the tile before have been read.
 DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
-  int index = arch::block_index();
+  int index = tile::TileQueue::draw_in_order(common.tile_counter, common.num_tiles);
 #pragma unroll 1
   for (uint32 round = 0;; ++round) {
     shared.queue.push(round, index);
@@ -101,7 +101,7 @@ DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared)
     tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.data, params.v, v_barrier, at.block * kBlockN, kv_head, at.batch);
     // Two steps before the tile's end at most: drawn at its beginning, the longest tiles would fall to the CTAs with the longest.
     arch::barrier_wait(shared.copied, round & 1);
-    index = tile::TileQueue::tile_of(tile::TileQueue::draw(common.tile_counter), common.tile_counter, common.num_tiles);
+    index = tile::TileQueue::draw_in_order(common.tile_counter, common.num_tiles);
   }
 }
 
@@ -132,6 +132,32 @@ DEVICE void produce_queries(const BackwardSm90Params& params, const Shared& shar
   }
 }
 
+// Where Config::first_stores, the first key block that a query block sees stores its part of dq, and the others wait for that before
+// they add theirs: no accumulator is cleared, nor read from memory before it has anything. CTAs take tiles in the order of their key
+// blocks, so whoever is waited for is at work.
+struct DqStart {
+  bool is_mine = false;
+  int* begun = nullptr;
+
+  DEVICE DqStart(const BackwardParams& params, const Work& work, const tile::Band<Config>& band, const tile::QueryCursor& here) {
+    if constexpr (Config::first_stores) {
+      is_mine = band.template first_key_block<kBlockN>(here.block * kBlockM) == work.n_block;
+      begun = tile::turn_of<Config>(params, work.batch, here.head, here.block);
+    }
+  }
+  DEVICE void wait() const {
+    if (!Config::first_stores || is_mine) return;
+    arch::wait_for_turn(begun, 1);
+    arch::fence_async_proxy_global();
+  }
+  DEVICE void announce() const {
+    if (!is_mine) return;
+    arch::copy_to_global_wait();
+    arch::fence_async_proxy_global();
+    arch::pass_turn(begun, 1);
+  }
+};
+
 // One warp: adds the halves of dq as they come.
 DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
   const bool leader = arch::lane_index() == 0;
@@ -140,15 +166,22 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
     const int index = shared.queue.pop(round);
     if (index >= params.num_tiles) break;
     const Work work(params.shape, index);
+    const tile::Band<Config> band(params.shape, tile::Sequence(params.shape, work.batch));
 #pragma unroll 1
     for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here)) {
       float* accumulator = params.dq_accum + tile::statistic_offset(params.shape, work.batch, here.head, params.padded_seqlen_q,
                                                                     here.block * kBlockM) * Config::head_dim;
+      const DqStart start(params, work, band, here);
+      if (leader) start.wait();
 #pragma unroll
       for (int consumer = 0; consumer < kConsumers; ++consumer) {
         arch::named_barrier_sync(kDqFullBarrier + consumer, kDqThreads);
         if (leader) {
-          arch::add_floats_to_global(accumulator + consumer * kDqHalf, shared.dq_half(consumer), kDqHalf * 4);
+          float* half = accumulator + consumer * kDqHalf;
+          if (start.is_mine)
+            arch::copy_floats_to_global(half, shared.dq_half(consumer), kDqHalf * 4);
+          else
+            arch::add_floats_to_global(half, shared.dq_half(consumer), kDqHalf * 4);
           arch::copy_to_global_commit();
         }
       }
@@ -158,6 +191,7 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
       if (leader) arch::copy_to_global_wait_read<0>();
       arch::warp_barrier();
       arch::named_barrier_arrive(kDqEmptyBarrier + 1, kDqThreads);
+      if (leader) start.announce();
     }
   }
 }

@@ -77,7 +77,8 @@ struct BackwardParams {
   float* dq_accum;    // (batch, num_heads, padded_seqlen_q, Config::head_dim) in fragment order
   float* dkv_accum;   // (batch, num_kv_heads, padded_seqlen_k, Config::head_dim + Config::head_dim_v); Config::split_groups only
   float* dsinks;      // (num_heads,), or null
-  int* dq_turn;       // (batch, num_heads, num_m_blocks): whose turn it is to add to a dq tile; deterministic only
+  int* dq_turn;       // (batch, num_heads, num_m_blocks): whose turn it is to add to a dq tile, where Config::deterministic; where
+                      // Config::first_stores, 1 once its first key block has stored its part
   int* tile_counter;  // zero before and after every launch: see tile/pipeline.cuh; persistent kernels only
   int padded_seqlen_q;
   int padded_seqlen_k;

@@ -59,7 +59,10 @@ DEVICE void copy_bytes_to_shared(SharedAddress shared, const void* global, int b
                "l"(global), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// Adds floats in shared memory to floats in global memory.
+// Copies floats in shared memory to global memory, or adds them there.
+DEVICE void copy_floats_to_global(float* global, SharedAddress shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes) : "memory");
+}
 DEVICE void add_floats_to_global(float* global, SharedAddress shared, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
                "r"(bytes)
@@ -75,6 +78,10 @@ template <int kPending = 0>
 DEVICE void copy_to_global_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
+// Waits until all of them have been written.
+DEVICE void copy_to_global_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Orders this thread's ordinary accesses to global memory, to a turn say, and its copies there.
+DEVICE void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 // Makes this thread's ordinary writes to shared memory visible to copies and warpgroup products, which go another way.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

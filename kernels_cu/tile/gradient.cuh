@@ -7,7 +7,8 @@
 
 namespace tile {
 
-// Whose turn it is to add to a dq tile: key blocks add one after another where the sum is to be repeatable.
+// Whose turn it is to add to a dq tile: key blocks add one after another where the sum is to be repeatable. Or whether it is begun:
+// where the first key block stores its part and the others add to it, nothing has to be cleared.
 template <class Config>
 DEVICE int* turn_of(const BackwardParams& params, int batch, int head, int m_block) {
   const int64 pair = static_cast<int64>(batch) * params.shape.num_heads + head;

@@ -65,6 +65,12 @@ struct TileQueue {
     if (drawn == num_tiles - 1) *counter = 0;
     return drawn + arch::grid_size();
   }
+  // Producer: the next tile, also for a CTA's first, where tiles wait for earlier ones: whoever has those has begun them.
+  DEVICE static int draw_in_order(int* counter, int num_tiles) {
+    const int drawn = draw(counter);
+    if (drawn == num_tiles - 1 + arch::grid_size()) *counter = 0;
+    return drawn;
+  }
   DEVICE void push(uint32 use, int tile) const {
     arch::barrier_wait(empty(use % kSlots), (use / kSlots & 1) ^ 1);
     arch::store_shared(slot(use), static_cast<uint32>(tile));

@@ -21,10 +21,14 @@ from cuflash.tiles_sm90 import BACKWARD, BackwardRow
 FUSED = [row for row in BACKWARD if not row.split]  # a row each of both sizes of dq tiles
 
 # Exponentials of a step before the wait for dP, without a mask that cuts to the right and with one, and all of them,
-# by head_dim of the row, as they were when the rows were measured. Where a toolkit, or a change of the kernel, moves the
-# wait, measure again and record the new order.
+# by head_dim of the row, as they were when the rows were measured. Where a toolkit, or a change of the kernel, moves
+# the wait, measure again and record the new order.
+SHORT, LONG = 4096, 32768  # where the first key block stores its part of dq, and where all add to zeros
 RECORDED_WITH = (13, 0)  # NVRTC
-EXPONENTIALS_BEFORE_WAIT = {64: (46, 45, 64), 128: (24, 27, 32)}
+EXPONENTIALS_BEFORE_WAIT = {
+    64: {SHORT: (46, 46, 64), LONG: (46, 45, 64)},
+    128: {SHORT: (24, 27, 32), LONG: (24, 27, 32)},
+}
 REGISTERS = 168  # a thread, before they change hands: all that 65536 allow three warpgroups
 MASKS = (matrix.PLAIN, ("causal",), ("window_left",), ("window_left", "causal"))
 QUICK_MASKS = MASKS[:2]
@@ -90,11 +94,11 @@ def checked(kernel: matrix.Kernel) -> nvrtc.CompileReport:
     return report
 
 
-def check_order(sass: str, row: BackwardRow, features: tuple[str, ...]) -> None:
+def check_order(sass: str, row: BackwardRow, features: tuple[str, ...], seqlen: int) -> None:
     """Not of 128 queries with ALiBi, which load log-sum-exps late and are unmeasured."""
     loop = main_loop(sass)
     found = (exponentials_before_wait(loop), sum("MUFU.EX2" in line for line in loop))
-    full, cut, every = EXPONENTIALS_BEFORE_WAIT[row.head_dim]
+    full, cut, every = EXPONENTIALS_BEFORE_WAIT[row.head_dim][seqlen]
     expected, version = (cut if "causal" in features else full, every), require_cupy().cuda.nvrtc.getVersion()
     assert found[1] == expected[1] == row.block_m // 2, "one for each score of a thread"
     if found != expected and version != RECORDED_WITH:
@@ -122,13 +126,14 @@ def with_masks(*others: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize(("row", "features", "dtype"), cases(with_masks((), *LIGHT), QUICK_MASKS))
 def test_products_wait_where_it_was_measured(row, features, dtype, tmp_path):
-    report = checked(kernels(row, features, dtype)["backward_sm90"])
-    assert report.registers == REGISTERS
-    assert report.shared == 0
-    sass = disassemble(report.cubin, tmp_path)
-    check_order(sass, row, features)
-    element = {"bfloat16": ".BF16", "float16": ""}[dtype]
-    assert set(re.findall(r"HGMMA\.64x\d+x16\.(\S+)", sass)) == {f"F32{element}"}
+    for seqlen in (SHORT, LONG):
+        report = checked(kernels(row, features, dtype, seqlen=seqlen)["backward_sm90"])
+        assert report.registers == REGISTERS
+        assert report.shared == 0
+        sass = disassemble(report.cubin, tmp_path)
+        check_order(sass, row, features, seqlen)
+        element = {"bfloat16": ".BF16", "float16": ""}[dtype]
+        assert set(re.findall(r"HGMMA\.64x\d+x16\.(\S+)", sass)) == {f"F32{element}"}
 
 
 @pytest.mark.parametrize("row", FUSED, ids=lambda row: f"head_dim{row.head_dim}")
@@ -216,17 +221,18 @@ HELPERS = [
 
 @pytest.mark.parametrize(("row", "entry", "features", "dtype"), HELPERS)
 def test_kernels_around_it_know_its_accumulator(row, entry, features, dtype, tmp_path):
-    """They are compiled for the warpgroups' order of dq; 16 bytes a thread are cleared and read at a time."""
-    kernel = kernels(row, features, dtype)[entry]
-    assert ("warpgroups", "bool", True) in kernel.step.spec.config
-    report = checked(kernel)
-    sass = disassemble(report.cubin, tmp_path)
-    floats = row.block_m * row.head_dim // kernel.step.threads
-    if entry == "backward_prepare":
-        assert len(re.findall(r"STG\.E\.128", sass)) == floats // 4
-    else:
-        assert len(re.findall(r"LDG\.E\.128", sass)) == floats // 4
-    assert "HGMMA" not in sass
+    """They are compiled for the warpgroups' order of dq; a thread clears, if at all, and reads 16 bytes at a time."""
+    for seqlen in (SHORT, LONG):
+        kernel = kernels(row, features, dtype, seqlen=seqlen)[entry]
+        assert ("warpgroups", "bool", True) in kernel.step.spec.config
+        report = checked(kernel)
+        sass = disassemble(report.cubin, tmp_path)
+        pieces = row.block_m * row.head_dim // kernel.step.threads // 4
+        if entry == "backward_prepare":
+            assert len(re.findall(r"STG\.E\.128", sass)) == (pieces if seqlen == LONG else 0)
+        else:
+            assert len(re.findall(r"LDG\.E\.128", sass)) == pieces
+        assert "HGMMA" not in sass
 
 
 def test_sinks_are_no_matter_to_the_main_kernel():
@@ -246,7 +252,7 @@ def test_a_wait_that_moves_is_seen(tmp_path):
     assert HERE in text
     report = nvrtc.compile_text(text.replace(HERE, "arch::product_wait<0>();"), "sm_90a")
     loop = main_loop(disassemble(report.cubin, tmp_path))
-    assert exponentials_before_wait(loop) != EXPONENTIALS_BEFORE_WAIT[128][0]
+    assert exponentials_before_wait(loop) != EXPONENTIALS_BEFORE_WAIT[128][SHORT][0]
 
 
 def test_products_that_wait_for_each_other_are_seen():

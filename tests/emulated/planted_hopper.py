@@ -183,10 +183,12 @@ HOLES = replace(HALVES, id="holes", dropout_p=0.3)
 MANY_TILES = replace(HALVES, id="many-tiles", batch=4)
 SPLIT = {"case": replace(HALVES, id="split", num_heads=4, num_kv_heads=2), "row": (("split_groups_from", 1),)}
 CAPPED = replace(HALVES, id="capped", softcap=1.0)
+NO_KEYS = replace(HALVES, id="no-keys", seqlen_q=333, seqlen_k=100)
 
 # Key padding that ends within a block; of queries in one that a warpgroup is blind for.
 PADDED_KEYS = Case("padded-keys", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, seqused_k=(150,))
 PADDED_QUERIES = replace(PADDED_KEYS, id="padded-queries", seqused_k=None, seqused_q=(150,))
+PADDED_BATCH = replace(PADDED_QUERIES, id="padded-batch", batch=4, seqused_q=(150, 130, 30, 203))
 PADDED_BLIND = replace(PADDED_QUERIES, id="padded-blind", causal="top_left", seqused_q=(30,))
 PADDED_KEYS_ALONE = replace(PADDED_KEYS, id="padded-keys-alone", head_dim=192)
 PADDED_QUERIES_ALONE = replace(PADDED_QUERIES, id="padded-queries-alone", head_dim=192)
@@ -223,8 +225,16 @@ BACKWARD_BUGS = [
     backward_bug("nobody says that dq is empty", error=TwinError, message=DEADLOCK,
         before="arch::named_barrier_arrive(kDqEmptyBarrier + consumer, kDqThreads);  // in the store warp's stead",
         after=";"),
-    backward_bug("halves of dq swapped", error=TwinError, message=RACE,
-        before="shared.dq_half(consumer), kDqHalf * 4", after="shared.dq_half(1 - consumer), kDqHalf * 4"),
+    backward_bug("halves of dq swapped", error=WrongAnswer,
+        before="accumulator + consumer * kDqHalf", after="accumulator + (1 - consumer) * kDqHalf"),
+    backward_bug("dq added to before its first part is there", error=WrongAnswer,
+        before="arch::wait_for_turn(begun, 1);", after=""),
+    backward_bug("dq said to be begun before its first part is written", error=WrongAnswer,
+        before="    arch::copy_to_global_wait();\n", after=""),
+    backward_bug("dq begun by every key block", error=WrongAnswer,
+        before="if (start.is_mine)\n", after="if (work.n_block >= 0)\n"),
+    backward_bug("dq of queries without keys not made zeros", entry="backward_finish", error=WrongAnswer, case=NO_KEYS,
+        before="begun = *tile::turn_of<Config>(params, batch, head, m_block) != 0;", after="begun = true;"),
     backward_bug("both halves of dq from the same columns", error=WrongAnswer,
         before="shared.k.data, consumer);", after="shared.k.data, 0);"),
     backward_bug("both halves of dq from the same rows", error=WrongAnswer, case=ROWS,
@@ -272,7 +282,7 @@ BACKWARD_BUGS = [
         before="    absent.template clear<Config::head_dim, kThreads>(q.stage(use));\n", after=""),
     backward_bug("dout of absent queries not cleared", error=WrongAnswer, case=PADDED_QUERIES,
         before="    absent.template clear<Config::head_dim_v, kThreads>(dout.stage(use));\n", after=""),
-    backward_bug("dout cleared before it arrives", error=TwinError, message=f"{ARRIVING}|{RACE}", case=PADDED_QUERIES,
+    backward_bug("dout cleared before it arrives", error=TwinError, message=f"{ARRIVING}|{RACE}", case=PADDED_BATCH,
         before="    dout.wait_full(use);\n    absent", after="    absent"),
     backward_bug("missing proxy fence after queries are cleared", error=TwinError, message=PROXY, case=PADDED_QUERIES,
         before="arch::fence_async_proxy();\n  arch::warp_barrier();", after="arch::warp_barrier();"),
@@ -402,6 +412,6 @@ KEYS_BUGS = [
     keys_bug("absent queries of dk and dv not cleared", error=WrongAnswer, case=PADDED_QUERIES_ALONE,
         before="    absent.template clear<Config::head_dim, kThreads>(q.stage(use));\n", after=""),
     keys_bug("only one warpgroup clears", error=TwinError, message=f"{RACE}|{DEADLOCK}", case=PADDED_QUERIES_ALONE,
-        before="shape.seqlen_q, kClearBarrier);\n\n    float gradients",
-        after="sequence.seqlen_q, kClearBarrier);\n\n    float gradients"),
+        before="shape.seqlen_q, Meet{kClearBarrier, kClearBarrier + 1});\n\n    float gradients",
+        after="sequence.seqlen_q, Meet{kClearBarrier, kClearBarrier + 1});\n\n    float gradients"),
 ]  # fmt: skip

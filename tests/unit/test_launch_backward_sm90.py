@@ -139,10 +139,10 @@ def test_workspace_is_parted_without_overlap(driver):  # noqa: F811
         assert start + size <= end
 
 
-def test_without_a_repeatable_sum_there_are_no_turns(driver):  # noqa: F811
+def test_what_a_call_lacks_is_null(driver):  # noqa: F811
     _, launched = launched_by(driver, views_of())
     params = common_of(launched["backward_prepare"])
-    assert [int(params[name]) for name in ("dq_turn", "dlse", "dsinks")] == [0, 0, 0]
+    assert [int(params[name]) for name in ("dkv_accum", "dlse", "dsinks")] == [0, 0, 0]
 
 
 def test_moved_arrays_get_new_maps_and_what_stayed_keeps_its_own(driver):  # noqa: F811

@@ -107,7 +107,29 @@ def test_workspace(head_dim, seqlen_q, padded):
         "row_lse": (rows, "float32"),
         "row_delta": (rows, "float32"),
         "dq_accum": ((*rows, head_dim), "float32"),
+        "dq_turn": ((*rows[:2], padded // plan.tile.block_m), "int32"),
     }
+
+
+@pytest.mark.parametrize(
+    ("keywords", "first_stores"),
+    [
+        ({"seqlen_q": 4096}, True),
+        ({"seqlen_q": 4097}, False),
+        ({"seqlen_q": 2048, "kv_heads": 1}, True),
+        ({"seqlen_q": 2049, "kv_heads": 1}, False),
+        ({"seqlen_q": 4096, "kv_heads": 1, "causal": True}, True),  # whose groups are split
+        ({"seqlen_q": 99999, "window_size": (1024, 0)}, True),
+        ({"seqlen_q": 99999, "window_size": (1024, None)}, False),
+        ({"seqlen_q": 9999, "window_size": (3960, 9)}, False),
+        ({"seqlen_q": 512, "deterministic": True}, False),
+    ],
+)
+def test_first_key_block_stores_where_tiles_are_short(keywords, first_stores):
+    plan = plan_backward(problem_of(128, 128, **keywords), HOPPER)
+    assert ("dq_turn" in plan.workspace) is first_stores
+    assert {config_of(step).get("first_stores", first_stores) for step in plan.steps} == {first_stores}
+    assert "first_stores" in config_of(plan.steps[0])
 
 
 @pytest.mark.parametrize(("seqlen_k", "key_blocks"), [(1, 1), (128, 1), (129, 2), (4096, 32)])
@@ -347,7 +369,8 @@ def test_floor_counts_five_products_and_the_workspace():
     assert plan.flops == 2.5 * plan_forward(problem, HOPPER).flops
     rows = BATCH * HEADS * 1024
     operands = 2 * 4 * 2 * math.prod((BATCH, 1000, HEADS, 128))
-    assert plan.bytes == operands + 4 * BATCH * HEADS * 1000 + 2 * 4 * (rows * 128 + 2 * rows)
+    turns = BATCH * HEADS * 16
+    assert plan.bytes == operands + 4 * BATCH * HEADS * 1000 + 2 * 4 * (rows * 128 + 2 * rows + turns)
 
 
 def test_plans_are_values():

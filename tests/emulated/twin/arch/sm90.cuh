@@ -36,6 +36,9 @@ DEVICE void copy_box_to_global(const TensorMap& map, SharedAddress shared, int c
 DEVICE void copy_bytes_to_shared(SharedAddress shared, const void* global, int bytes, SharedAddress barrier, Where where = {}) {
   twin::copy_bytes_to_shared(shared, global, bytes, barrier, where);
 }
+DEVICE void copy_floats_to_global(float* global, SharedAddress shared, int bytes, Where where = {}) {
+  twin::copy_bytes_to_global(shared, global, bytes, where);
+}
 DEVICE void add_floats_to_global(float* global, SharedAddress shared, int bytes, Where where = {}) {
   twin::add_floats_to_global(global, shared, bytes, where);
 }
@@ -48,6 +51,8 @@ template <int kPending = 0>
 DEVICE void copy_to_global_wait_read() {
   twin::wait_until_read(kPending);
 }
+DEVICE void copy_to_global_wait() { twin::wait_until_written(); }
+DEVICE void fence_async_proxy_global() {}
 DEVICE void fence_async_proxy() { twin::fence_proxy(); }
 
 // ---- registers and matrices ---------------------------------------------------------------------------------------------------------

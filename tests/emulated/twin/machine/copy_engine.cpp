@@ -150,6 +150,19 @@ void CopyEngine::wait_until_read(int thread, int pending_groups) {
   }
 }
 
+void CopyEngine::wait_until_written(int waiting) {
+  wait_until_read(waiting, 0);
+  std::vector<Departure> others;
+  for (Departure& departure : departures_) {
+    if (departure.region.thread == waiting && departure.was_waited_for)
+      write(departure);
+    else
+      others.push_back(std::move(departure));
+  }
+  departures_ = std::move(others);
+  thread = waiting;
+}
+
 const Departure* CopyEngine::unread_departure_of(int thread) const {
   for (const Departure& departure : departures_)
     if (departure.region.thread == thread && !departure.was_waited_for) return &departure;
@@ -213,12 +226,16 @@ void copy_bytes_to_shared(uint32_t address, const void* global, int bytes, uint3
 void copy_box_to_global(const void* map, uint32_t address, int column, int row, int head, int batch, Where where) {
   block->engine.begin_departure(box(address, map, column, row, head, batch, where), Effect::kStore);
 }
+void copy_bytes_to_global(uint32_t address, void* global, int bytes, Where where) {
+  block->engine.begin_departure(plain_bytes(address, global, bytes, where), Effect::kStore);
+}
 void add_floats_to_global(void* global, uint32_t address, int bytes, Where where) {
   block->engine.begin_departure(plain_bytes(address, global, bytes, where), Effect::kAddFloats);
 }
 
 void commit_departures() { block->engine.commit_departures(thread); }
 void wait_until_read(int pending_groups) { block->engine.wait_until_read(thread, pending_groups); }
+void wait_until_written() { block->engine.wait_until_written(thread); }
 void fence_proxy() { block->shared.fence_proxy(thread); }
 
 }  // namespace twin

@@ -61,6 +61,7 @@ class CopyEngine {
   void begin_departure(const Region& region, Effect effect);
   void commit_departures(int thread) { ++groups_committed_[thread]; }
   void wait_until_read(int thread, int pending_groups);
+  void wait_until_written(int thread);
   // A copy that a thread has not waited for, or null.
   const Departure* unread_departure_of(int thread) const;
   const Landing* landing() const { return landings_.empty() ? nullptr : &landings_.front(); }

@@ -84,9 +84,11 @@ void check_map(const void* map, Where where);
 void copy_box_to_shared(uint32_t address, const void* map, uint32_t barrier, int column, int row, int head, int batch, Where where);
 void copy_bytes_to_shared(uint32_t address, const void* global, int bytes, uint32_t barrier, Where where);
 void copy_box_to_global(const void* map, uint32_t address, int column, int row, int head, int batch, Where where);
+void copy_bytes_to_global(uint32_t address, void* global, int bytes, Where where);
 void add_floats_to_global(void* global, uint32_t address, int bytes, Where where);
 void commit_departures();
 void wait_until_read(int pending_groups);
+void wait_until_written();
 void fence_proxy();
 
 // ---- Hopper: products of warpgroups -------------------------------------------------------------------------------------------------
