@@ -126,9 +126,10 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     extras = (problem.modifiers.softcap != 0) + problem.modifiers.alibi + (problem.dropout is not None)
     tile = backward_row(head_dim, head_dim_v, split=problem.deterministic)
     dq_tile = queries_row(head_dim, head_dim_v, extras=extras) if tile.split else None
-    split_groups = tile.splits_groups(problem.group_size, layout.seqlen_q, causal=problem.mask.right is not None)
+    causal = problem.mask.right is not None
+    split_groups = tile.splits_groups(problem.group_size, layout.seqlen_q, causal=causal)
     heads = 1 if split_groups else problem.group_size
-    first_stores = dq_tile is None and tile.first_stores(_queries_of_keys(problem, tile.block_n), heads)
+    first_stores = dq_tile is None and tile.first_stores(_queries_of_keys(problem, tile.block_n), heads, causal=causal)
     config = score_config(problem) | {
         "head_dim": ("int", tile.columns(head_dim)),
         "head_dim_v": ("int", tile.columns(head_dim_v)),

@@ -1,6 +1,6 @@
 """Tile sizes of the Hopper kernels as data, with the measurement that chose each row.
 
-A measured reason is the speed's ratio to the best of FlashAttention-3 and cuDNN in the same run on an H200;
+A measured reason is the speed's ratio to the best of FlashAttention-3 and cuDNN in the same run, on an H200 or an H100;
 benchmarks/NOTES.md has the runs, with the variants that lost.
 """
 
@@ -18,10 +18,10 @@ BARRIER_BYTES = 8
 QUEUE_BYTES = 48  # tile::TileQueue of kernels_cu/tile/pipeline.cuh
 PACKED_ROWS = 128  # of a tile that several heads share: two consumers, so that up to eight heads have whole slabs of 16
 PACKED_HEADS = (1, 2, 4, 8)
-# Blocks of queries; of groups half of them. On an H100, D 128: gains 12 to 25 % at 512, 0 to 2 % at 4096. It would lose
-# 2 % at 8192, groups of 8 5 % at 4096.
+# Blocks of queries; of groups half under a mask that cuts to the right, else a quarter. On an H100, D 128: gains 12 to
+# 25 % at 512, 0 to 2 % at 4096, would lose 2 % at 8192. Groups of 8 gain 4 % at 2048 causal, would lose 4 % full.
 FIRST_STORES_BLOCKS = 64
-PACKING_PAYS = 0.75  # of the rows that tiles of one head compute: unmeasured, a tile's time is that of its rows
+PACKING_PAYS = 0.75  # of the rows that tiles of one head compute: 0.67 and 0.5 of them gave 1.5 and 1.3 times the speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class ForwardRow:
 
 @dataclass(frozen=True, slots=True)
 class BackwardRow:
-    """Tile sizes of backward_sm90.cu, whose CTAs persist; the rows' speeds were measured when they did not.
+    """Tile sizes of backward_sm90.cu.
 
     Attributes
     ----------
@@ -150,13 +150,13 @@ class BackwardRow:
         barriers = (2 * 2 * (1 + STAGES) + 1) * BARRIER_BYTES
         return 3 * k_or_v + stages + (0 if self.split else ds + dq) + barriers + QUEUE_BYTES
 
-    def first_stores(self, queries: int, heads: int) -> bool:
+    def first_stores(self, queries: int, heads: int, *, causal: bool) -> bool:
         """Whether the first key block of a query block stores its part of dq, so that no accumulator is cleared.
 
         ``queries`` of ``heads`` heads are seen by a block of keys: all key blocks keep in step with the first, which
         costs the more the longer that takes.
         """
-        return -(-queries // self.block_m) <= (FIRST_STORES_BLOCKS if heads == 1 else FIRST_STORES_BLOCKS // 2)
+        return -(-queries // self.block_m) <= FIRST_STORES_BLOCKS // (1 if heads == 1 else 2 if causal else 4)
 
     def splits_groups(self, group_size: int, seqlen_q: int, *, causal: bool) -> bool:
         """Whether tiles take single query heads: more and shorter ones, so that unequal ones end together."""
@@ -268,10 +268,11 @@ class QueriesRow:
 # fmt: off
 FORWARD = (
     #          D    Dv   longest causal extras consumers n q out ping_pong lazy eighths
-    ForwardRow(64,  64,  None, None,  1,   3, 128, 2, 1, True,  False, 0, "1.02 to 1.09"),
-    ForwardRow(64,  64,  None, None,  ANY, 3, 96,  2, 1, True,  False, 0, "unmeasured: 112 keys spill"),
-    ForwardRow(64,  64,  None, None,  ANY, 2, 128, 2, 1, True,  False, 2, "unmeasured: for heads that share tiles"),
-    ForwardRow(128, 128, None, None,  ANY, 2, 128, 2, 2, False, False, 2, "0.98 to 1.07"),
+    ForwardRow(64,  64,  None, None,  1,   3, 128, 2, 1, True,  False, 0, "0.97 to 1.09; ALiBi 0.87 of plain"),
+    ForwardRow(64,  64,  None, None,  ANY, 3, 96,  2, 1, True,  False, 0, "1.36 of FA2 with dropout; 112 keys spill"),
+    ForwardRow(64,  64,  None, None,  ANY, 2, 128, 2, 1, True,  False, 2, "1.5 to 4.5 of a head a tile"),
+    ForwardRow(128, 128, 1024, True,  0,   2, 128, 2, 2, True,  False, 2, "1.01 to 1.02 of the row below"),
+    ForwardRow(128, 128, None, None,  ANY, 2, 128, 2, 2, False, False, 2, "0.96 to 1.07"),
     ForwardRow(192, 128, None, None,  ANY, 2, 128, 1, 1, False, False, 2, "1.17 to 1.27 of cuDNN"),
     ForwardRow(192, 192, None, None,  ANY, 2, 112, 1, 0, False, False, 2, "1.09 to 1.18 of cuDNN"),
     ForwardRow(256, 256, None, True,  ANY, 2, 64,  1, 2, False, True,  1, "1.00 to 1.17"),
@@ -280,9 +281,9 @@ FORWARD = (
 )
 BACKWARD = (
     #           D    split  block_m split_groups_from
-    BackwardRow(64,  False, 128, None, "1.14 to 1.32 of cuDNN with a CTA a tile"),
+    BackwardRow(64,  False, 128, None, "0.95 to 1.26"),
     BackwardRow(64,  True,  128, None, "0.93 to 1.02 of cuDNN, for repeatable sums"),
-    BackwardRow(128, False, 64,  4096, "1.02 to 1.17 of cuDNN with a CTA a tile"),
+    BackwardRow(128, False, 64,  4096, "0.97 to 1.59; split groups 1.02 to 1.09 of whole ones"),
     BackwardRow(128, True,  64,  None, "0.87 to 1.00 of cuDNN, for repeatable sums"),
     KeysRow(256, 64, "1.24 to 1.48 of cuDNN"),
 )

@@ -205,6 +205,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
         shared.v.wait_full(use);
         turns.wait();
         turns.pass();
+        arch::warp_barrier();  // no lane is left behind in a wait whose phase the leader lets pass
         if (leader) shared.k.release(use);
         if (leader) shared.v.release(use);
       }

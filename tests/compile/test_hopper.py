@@ -27,6 +27,7 @@ EXPONENTIALS_BEFORE_WAIT = {
     (64, 64, None, None, "192x128"): (10, 3),
     (64, 64, None, None, "192x96"): (0, 0),
     (64, 64, None, None, "128x128"): (18, 18),
+    (128, 128, 1024, True, "128x128"): (None, 18),
     (128, 128, None, None, "128x128"): (18, 18),
     (192, 128, None, None, "128x128"): (18, 18),
     (192, 192, None, None, "128x112"): (16, 16),
@@ -37,7 +38,7 @@ EXPONENTIALS_BEFORE_WAIT = {
 REGISTERS = {2: 168, 3: 128}  # a thread, before they change hands, by consumer warpgroups: all that 65536 allow
 RESCALING = 2  # exponentials of a step that are not scores: how much the two rows' earlier sums shrink
 
-COMMON = next(row for row in FORWARD if row.head_dim == 128)
+COMMON = next(row for row in FORWARD if row.head_dim == 128 and row.longest is None)
 MASKS = (matrix.PLAIN, ("causal",), ("window_left",), ("window_left", "causal"))
 MEASURED_MASKS = MASKS[:2]
 

@@ -116,8 +116,10 @@ def test_workspace(head_dim, seqlen_q, padded):
     [
         ({"seqlen_q": 4096}, True),
         ({"seqlen_q": 4097}, False),
-        ({"seqlen_q": 2048, "kv_heads": 1}, True),
-        ({"seqlen_q": 2049, "kv_heads": 1}, False),
+        ({"seqlen_q": 1024, "kv_heads": 1}, True),
+        ({"seqlen_q": 1025, "kv_heads": 1}, False),
+        ({"seqlen_q": 2048, "kv_heads": 1, "causal": True}, True),
+        ({"seqlen_q": 2049, "kv_heads": 1, "causal": True}, False),
         ({"seqlen_q": 4096, "kv_heads": 1, "causal": True}, True),  # whose groups are split
         ({"seqlen_q": 99999, "window_size": (1024, 0)}, True),
         ({"seqlen_q": 99999, "window_size": (1024, None)}, False),
