@@ -72,7 +72,7 @@ struct Shared {
 constexpr int kFourBytes = 16 * arch::kWarpgroupSize;
 constexpr int kValuesReadBarrier = 1, kStoreBarrier = 2;  // + 1 for dk
 constexpr int kFullBarrier = 4, kEmptyBarrier = 6;        // of the two buffers of probabilities: + use % 2
-constexpr int kClearBarrier = 8;                          // + 1 for dk
+constexpr int kClearBarrier = 8;                          // + 1 for dk, + 2 every other time: one may be a step ahead
 constexpr int kConsumerThreads = 2 * arch::kWarpgroupSize;
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN>;
@@ -139,8 +139,9 @@ DEVICE void compute_dv(const BackwardSm90Params& params, const Shared& shared) {
     const tile::Dropout dropout(common.dropout, work.batch, here.head);
     const int query = here.block * kBlockM;
     const float unit = modifier.unit();
+    const int clear_barrier = kClearBarrier + use % 2 * 2;
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, sequence.seqlen_q,
-                                                                  shape.seqlen_q, Meet{kClearBarrier + 1, kClearBarrier});
+                                                                  shape.seqlen_q, Meet{clear_barrier + 1, clear_barrier});
 
     float scores[kSize];
     tile::RowValues<kSize, !Config::softcap> lse(shared.row_lse(use));  // whose derivative leaves no registers to wait in
@@ -209,8 +210,9 @@ DEVICE void compute_dk(const BackwardSm90Params& params, const Shared& shared) {
 #pragma unroll 1
   for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here), ++use) {
     const int query = here.block * kBlockM;
+    const int clear_barrier = kClearBarrier + use % 2 * 2;
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, sequence.seqlen_q,
-                                                                  shape.seqlen_q, Meet{kClearBarrier, kClearBarrier + 1});
+                                                                  shape.seqlen_q, Meet{clear_barrier, clear_barrier + 1});
 
     float gradients[kSize];
     tile::RowValues<kSize, true> delta(shared.row_delta(use));

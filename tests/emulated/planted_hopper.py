@@ -414,6 +414,6 @@ KEYS_BUGS = [
     keys_bug("absent queries of dk and dv not cleared", error=WrongAnswer, case=PADDED_QUERIES_ALONE,
         before="    absent.template clear<Config::head_dim, kThreads>(q.stage(use));\n", after=""),
     keys_bug("only one warpgroup clears", error=TwinError, message=f"{RACE}|{DEADLOCK}", case=PADDED_QUERIES_ALONE,
-        before="shape.seqlen_q, Meet{kClearBarrier, kClearBarrier + 1});\n\n    float gradients",
-        after="sequence.seqlen_q, Meet{kClearBarrier, kClearBarrier + 1});\n\n    float gradients"),
+        before="shape.seqlen_q, Meet{clear_barrier, clear_barrier + 1});\n\n    float gradients",
+        after="sequence.seqlen_q, Meet{clear_barrier, clear_barrier + 1});\n\n    float gradients"),
 ]  # fmt: skip

@@ -229,7 +229,7 @@ _GROUPS = {"seqlen_q": 203, "seqlen_k": 333, "num_heads": 6, "num_kv_heads": 2, 
 SPLIT_GROUPS = [
     Case("causal", **_GROUPS, head_dim=128, causal=True),
     Case("richest", **_GROUPS, head_dim=128, window_size=(150, 20), softcap=2.0, dropout_p=0.2, alibi="head"),
-    Case("head-dims", **_GROUPS, head_dim=88, head_dim_v=104, alibi="batch", dtype="float16"),
+    Case("head-dims", **_GROUPS, head_dim=88, head_dim_v=104, alibi="batch", dtype="float16", causal=True),
     Case("used", **_GROUPS | {"seqlen_q": 333}, head_dim=96, seqused_q=(333, 9), seqused_k=(256, 140), causal=True),
 ]
 
