@@ -97,6 +97,14 @@ class Band:
         end = key_end - self.offset + self.left
         return _clip_range(start, end, self.seqlen_q)
 
+    def most_queries(self, num_keys: int) -> int:
+        """The most rows that see any of ``num_keys`` adjacent keys, wherever these are; at least as many as do.
+
+        >>> Mask.resolve(window_size=(3, 0)).band(100, 100).most_queries(8)
+        11
+        """
+        return max(0, min(self.seqlen_q, self.left + self.right + num_keys))
+
     def covers(self, row_start: int, row_end: int, key_start: int, key_end: int) -> bool:
         """Whether every row of the tile sees every key of it: such a tile needs no masking."""
         last_row_sees_first_key = row_end - 1 + self.offset - self.left <= key_start

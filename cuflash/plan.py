@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def padded_seqlen_k(self) -> int:
-        return round_up(self.problem.layout.seqlen_k, self.tile.block_n)
+        return padded_keys(self.problem, self.tile)
 
     @property
     def key_tiles(self) -> int:
@@ -274,6 +274,11 @@ def padded_rows(problem: Problem, tile: Tile, dq_tile: QueriesRow | None) -> int
     """Rows of the per-row values of the backward: whole blocks of every kernel that reads or writes them."""
     blocks = (tile.block_m,) if dq_tile is None else (tile.block_m, dq_tile.block_m, PREPARED_ROWS)
     return round_up(problem.layout.seqlen_q, math.lcm(*blocks))
+
+
+def padded_keys(problem: Problem, tile: Tile) -> int:
+    """Keys of the sums of dk and dv: whole blocks."""
+    return round_up(problem.layout.seqlen_k, tile.block_n)
 
 
 def num_blocks(rows: int, block: int) -> int:

@@ -17,8 +17,8 @@ from cuflash.plan import (
     launchable,
     load_bytes,
     num_blocks,
+    padded_keys,
     padded_rows,
-    round_up,
     scale_first,
     score_config,
     store_bytes,
@@ -129,7 +129,8 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     causal = problem.mask.right is not None
     split_groups = tile.splits_groups(problem.group_size, layout.seqlen_q, causal=causal)
     heads = 1 if split_groups else problem.group_size
-    first_stores = dq_tile is None and tile.first_stores(_queries_of_keys(problem, tile.block_n), heads, causal=causal)
+    queries = problem.mask.band(layout.seqlen_q, layout.seqlen_k).most_queries(tile.block_n)
+    first_stores = dq_tile is None and tile.first_stores(queries, heads, causal=causal)
     config = score_config(problem) | {
         "head_dim": ("int", tile.columns(head_dim)),
         "head_dim_v": ("int", tile.columns(head_dim_v)),
@@ -168,7 +169,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     if first_stores:
         workspace["dq_turn"] = ((*rows[:2], rows[2] // tile.block_m), "int32")
     if split_groups:
-        keys = (layout.batch, problem.num_kv_heads, round_up(layout.seqlen_k, tile.block_n))
+        keys = (layout.batch, problem.num_kv_heads, padded_keys(problem, tile))
         workspace["dkv_accum"] = ((*keys, tile.columns(head_dim) + tile.columns(head_dim_v)), "float32")
     return Plan(
         problem=problem,
@@ -181,12 +182,6 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         dq_tile=dq_tile,
         split_groups=split_groups,
     )
-
-
-def _queries_of_keys(problem: Problem, block_n: int) -> int:
-    """The most queries that a block of keys is seen by."""
-    left, right, seqlen_q = problem.mask.left, problem.mask.right, problem.layout.seqlen_q
-    return seqlen_q if left is None or right is None else max(0, min(seqlen_q, left + right + block_n))
 
 
 def _prepare_step(problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow) -> Step:

@@ -283,7 +283,7 @@ BACKWARD = (
     #           D    split  block_m split_groups_from
     BackwardRow(64,  False, 128, None, "0.95 to 1.26"),
     BackwardRow(64,  True,  128, None, "0.93 to 1.02 of cuDNN, for repeatable sums"),
-    BackwardRow(128, False, 64,  4096, "0.97 to 1.59; split groups 1.02 to 1.09 of whole ones"),
+    BackwardRow(128, False, 64,  4096, "0.97 to 1.56; split groups 1.02 to 1.09 of whole ones"),
     BackwardRow(128, True,  64,  None, "0.87 to 1.00 of cuDNN, for repeatable sums"),
     KeysRow(256, 64, "1.24 to 1.48 of cuDNN"),
 )

@@ -62,6 +62,7 @@ def test_key_and_query_ranges_are_tight(data):
     seeing_rows = np.flatnonzero(visible[:, key_start:key_end].any(axis=1))
     assert list(range(*band.key_range(row_start, row_end))) == seen_keys.tolist()
     assert list(range(*band.query_range(key_start, key_end))) == seeing_rows.tolist()
+    assert len(seeing_rows) <= band.most_queries(key_end - key_start) <= band.seqlen_q
 
 
 @given(st.data())
