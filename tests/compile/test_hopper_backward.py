@@ -22,7 +22,7 @@ FUSED = [row for row in BACKWARD if not row.split]  # a row each of both sizes o
 
 # Exponentials of a step before the wait for dP, under each of MASKS, by head_dim of the row and by whether the first
 # key block of a query block stores its part of dq (that of a band of limited width always does), as they were when the
-# rows were measured. Where a toolkit, or a change of the kernel, moves the wait, measure again and record the new order.
+# rows were measured. Where a toolkit, or a change of the kernel, moves the wait, measure again, then record it here.
 SHORT, LONG = 4096, 32768  # where the first key block stores, and where all add to zeros
 RECORDED_WITH = (13, 0)  # NVRTC
 EXPONENTIALS_BEFORE_WAIT = {

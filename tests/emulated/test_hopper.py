@@ -249,6 +249,17 @@ def test_heads_of_a_group_add_to_sums(case: Case) -> None:
     assert report.ok, f"\n{report}"
 
 
+@pytest.mark.parametrize("seed", [14, 32, 34])  # schedules under which one barrier for all clears hangs
+def test_heads_of_a_group_clear_one_after_another(seed: int) -> None:
+    """The warpgroup of dv clears for the next head while that of dk has yet to wait for the head before."""
+    shape = {"seqlen_q": 50, "seqlen_k": 333, "num_heads": 16, "num_kv_heads": 1, "head_dim": 136, "head_dim_v": 16}
+    case = Case("f", **shape, seqused_q=(40,))
+    arrays = case.arrays()
+    emulation = Emulation("sm_90a", sm_count=3, schedule=Schedule(seed, resident_blocks=2))
+    report = check(run("backward", case, emulation), problem_of(case.problem(), arrays), arrays)
+    assert report.ok, f"\n{report}"
+
+
 def random_case(seed: int) -> Case:
     """Any problem that the Hopper forward takes, with tiles that are empty, whole or cut by any edge."""
     rng = np.random.default_rng(seed)
