@@ -30,6 +30,7 @@ from benchmarks.providers import PROVIDERS, Bound
 from benchmarks.providers.ours import Cuflash
 from benchmarks.run import CellBench, CellResult, describe, release_memory
 from benchmarks.workloads import Cell, select
+from cuflash import dispatch
 from cuflash.backends import cuda_backend
 from cuflash.cuda import module
 from cuflash.cuda.source import translation_unit
@@ -72,7 +73,7 @@ class Change:
         return text
 
     @contextmanager
-    def applied(self, launches: dict, kernels: dict) -> Iterator[None]:
+    def applied(self, calls: dict, launches: dict, kernels: dict) -> Iterator[None]:
         """Plan, compile and launch in this way, with caches of its own, for as long as the context lasts."""
 
         def chosen(name: str, choose: Callable[..., object]) -> Callable[..., object]:
@@ -85,6 +86,7 @@ class Change:
             for name in self.rows:
                 planner = CHOICES[name]
                 stack.enter_context(mock.patch.object(planner, name, chosen(name, getattr(planner, name))))
+            stack.enter_context(mock.patch.object(dispatch, "_prepared", calls))
             stack.enter_context(mock.patch.object(cuda_backend, "_launches", launches))
             stack.enter_context(mock.patch.object(module, "_kernels", kernels))
             stack.enter_context(mock.patch.object(module, "translation_unit", self.edited))
@@ -96,7 +98,7 @@ class Variant(Cuflash):
 
     def __init__(self, name: str, change: Change):
         super().__init__(name)
-        self._change, self._launches, self._kernels = change, {}, {}
+        self._change, self._caches = change, ({}, {}, {})
 
     def bind(self, cell: Cell, arrays: dict) -> Bound:
         bound = super().bind(cell, arrays)
@@ -104,7 +106,7 @@ class Variant(Cuflash):
 
     def _changed(self, call: Callable[[], object]) -> Callable[[], object]:
         def changed() -> object:
-            with self._change.applied(self._launches, self._kernels):
+            with self._change.applied(*self._caches):
                 return call()
 
         return changed

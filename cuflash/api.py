@@ -401,7 +401,8 @@ def _explain_host(problem: Problem) -> str:
 
 
 def _lacks_seed(dropout_p: float, seed: int | None) -> bool:
-    return seed is None and isinstance(dropout_p, numbers.Real) and dropout_p > 0
+    # A float is not asked whether it is a Real: an abstract class takes a while to answer.
+    return seed is None and (type(dropout_p) is float or isinstance(dropout_p, numbers.Real)) and dropout_p > 0
 
 
 def _draw_seed() -> int:

@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -80,9 +80,14 @@ class Adapter:
     def view(self, array: Array) -> View:
         raise NotImplementedError
 
-    def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> View:
-        """Allocate an array of this kind from its own library's pool; ``owner`` of the view is the array."""
+    def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> Array:
+        """Allocate a contiguous array of this kind from its own library's pool."""
         raise NotImplementedError
+
+    def workspace(self, floats: int, device_index: int) -> tuple[int, object]:
+        """Allocate float32 values; return their address, and the object with which they are freed."""
+        array = self.empty((floats,), "float32", device_index)
+        return self.pointer(array), array
 
     def packed(self, array: Array) -> Array:
         """Return a contiguous, aligned copy."""
@@ -116,9 +121,8 @@ class NumpyAdapter(Adapter):
     def is_writable(self, array: np.ndarray) -> bool:
         return array.flags.writeable
 
-    def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> View:
-        array = np.empty(shape, NUMPY_DTYPES[dtype])
-        return View(self.pointer(array), shape, dense_strides(shape), dtype, ("cpu", 0), array)
+    def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> np.ndarray:
+        return np.empty(shape, NUMPY_DTYPES[dtype])
 
     def packed(self, array: np.ndarray) -> np.ndarray:
         return np.array(array, order="C")
@@ -150,9 +154,12 @@ class CupyAdapter(Adapter):
         itemsize = array.dtype.itemsize
         return array.data.ptr % itemsize == 0 and all(stride % itemsize == 0 for stride in array.strides)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> View:
-        array = self._cupy.ndarray(shape, NUMPY_DTYPES[dtype])
-        return View(array.data.ptr, shape, dense_strides(shape), dtype, ("cuda", device_index), array)
+    def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> Array:
+        return self._cupy.ndarray(shape, NUMPY_DTYPES[dtype])
+
+    def workspace(self, floats: int, device_index: int) -> tuple[int, object]:
+        memory = self._cupy.cuda.alloc(4 * floats)  # without an array around it, which costs five times as much
+        return memory.ptr, memory
 
     def packed(self, array: Array) -> Array:
         with self.on_device(array.data.device_id):
@@ -201,9 +208,8 @@ class TorchAdapter(Adapter):
             return View.of(tuple(array.shape), f"{kind} {dtype}", device)
         return View(array.data_ptr(), tuple(array.shape), array.stride(), dtype, device, array)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> View:
-        array = self._torch.empty(shape, dtype=self._dtypes[dtype], device=self._device(device_index))
-        return View(array.data_ptr(), shape, dense_strides(shape), dtype, ("cuda", device_index), array)
+    def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> Array:
+        return self._torch.empty(shape, dtype=self._dtypes[dtype], device=self._device(device_index))
 
     def packed(self, array: Array) -> Array:
         return array.detach().clone(memory_format=self._torch.contiguous_format)
@@ -431,16 +437,6 @@ def _full_name(cls: type) -> str:
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
 
 
-@lru_cache(maxsize=4096)
-def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of a contiguous array.
-
-    >>> dense_strides((2, 3, 4))
-    (12, 4, 1)
-    """
-    return View.of(shape, "").strides
-
-
 def dtype_name(dtype: np.dtype) -> str:
     """Name a dtype; NumPy's own names hide the byte order.
 
@@ -451,4 +447,5 @@ def dtype_name(dtype: np.dtype) -> str:
 
 
 def element_strides(array: Array) -> tuple[int, ...]:
-    return tuple(stride // max(array.dtype.itemsize, 1) for stride in array.strides)
+    itemsize = max(array.dtype.itemsize, 1)
+    return tuple(stride // itemsize for stride in array.strides)

@@ -7,13 +7,14 @@ builds and checks a `Problem`; every later one finds it in a dictionary, so that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from cuflash.arrays import Adapter, Array
 from cuflash.backends import cuda_backend, numpy_backend
+from cuflash.dropout import Dropout
 from cuflash.layouts import CANONICAL_AXES, to_canonical
 from cuflash.problem import (
     DTYPES,
@@ -38,7 +39,10 @@ WITH_HEAD_DIM = frozenset(("q", "k", "v", "out", "dout", "dq", "dk", "dv"))  # a
 
 
 class Options(NamedTuple):
-    """The keywords that checks and plans depend on."""
+    """The keywords that checks and plans depend on.
+
+    ``types`` keeps apart what compares equal: ``deterministic=True`` is accepted, ``deterministic=1`` is not.
+    """
 
     causal: bool | str
     window_size: tuple[int | None, int | None] | None
@@ -49,6 +53,7 @@ class Options(NamedTuple):
     layout: str
     copy: bool | None
     backend: str | None
+    types: tuple[type, ...]
 
 
 class Request(NamedTuple):
@@ -87,6 +92,7 @@ class Prepared:
     copies: tuple[str, ...]  # operands to copy before anything else
     operands: dict[str, Fields]
     results: dict[str, tuple[tuple[int, ...], Fields]]  # the caller's shape, and how a backend sees it
+    launches: dict[tuple[str, ...], cuda_backend.Bound] = field(default_factory=dict)  # by the results that are wanted
 
 
 def request(
@@ -129,27 +135,31 @@ def request(
         operands["seqused_k"] = seqused_k
     if out is not None:
         operands["out"] = out
-    if type(window_size) is list:
-        window_size = tuple(window_size)
     if type(return_lse) is not bool:
         return_lse = check_flag("return_lse", return_lse)
-    options = Options(causal, window_size, softmax_scale, softcap, dropout_p, deterministic, layout, copy, backend)
+    types = type(causal), type(softmax_scale), type(softcap), type(dropout_p), type(deterministic), type(copy)
+    if isinstance(window_size, (tuple, list)):
+        window_size = tuple(window_size)
+        types += tuple(map(type, window_size))
+    options = Options(
+        causal, window_size, softmax_scale, softcap, dropout_p, deterministic, layout, copy, backend, types
+    )  # fmt: skip
     return Request(operands, options, seed, offset, return_lse)
 
 
 def forward(lender: Adapter, call: Request, *, want_lse: bool, keeps_q: bool = False) -> tuple[Array, Array | None]:
     """Run the forward pass; the results are the caller's kind of array, in the caller's layout."""
     adapter, arrays, prepared = prepare(lender, call.operands, call.options)
-    problem = _with_seed(prepared.problem, call)
+    dropout = _dropout(prepared.problem, call)
     given = call.operands.get("out")
     if given is not None:
         views = {name: adapter.view(array) for name, array in arrays.items()}
         writable = lender.is_writable(given) and adapter.is_writable(arrays["out"])
         check_out(views, writable=writable, keeps_q=keeps_q)
     if prepared.backend == "numpy":
-        results = _forward_on_host(problem, prepared, arrays)
+        results = _forward_on_host(_seeded(prepared.problem, dropout), prepared, arrays)
     else:
-        results = _launch("forward", problem, prepared, adapter, arrays, ("out", "lse") if want_lse else ("out",))
+        results = _launch("forward", dropout, prepared, adapter, arrays, ("out", "lse") if want_lse else ("out",))
     if lender is not adapter:
         results = _give(lender, adapter, prepared, arrays, results, call.operands["q"])
     return results["out"] if given is None else given, results.get("lse")
@@ -158,12 +168,12 @@ def forward(lender: Adapter, call: Request, *, want_lse: bool, keeps_q: bool = F
 def backward(lender: Adapter, call: Request) -> dict[str, Array]:
     """Run the backward pass of a request that also holds dout, out, lse and perhaps dlse; gradients by name."""
     adapter, arrays, prepared = prepare(lender, call.operands, call.options)
-    problem = _with_seed(prepared.problem, call)
+    dropout = _dropout(prepared.problem, call)
     if prepared.backend == "numpy":
-        results = _backward_on_host(problem, prepared, arrays)
+        results = _backward_on_host(_seeded(prepared.problem, dropout), prepared, arrays)
     else:
-        wanted = ("dq", "dk", "dv", "dsinks") if problem.sinks else ("dq", "dk", "dv")
-        results = _launch("backward", problem, prepared, adapter, arrays, wanted)
+        wanted = ("dq", "dk", "dv", "dsinks") if prepared.problem.sinks else ("dq", "dk", "dv")
+        results = _launch("backward", dropout, prepared, adapter, arrays, wanted)
     return results if lender is adapter else _give(lender, adapter, prepared, arrays, results, call.operands["q"])
 
 
@@ -254,11 +264,14 @@ def choose_backend(requested: str | None, q: View) -> str:
     return requested
 
 
-def _with_seed(problem: Problem, call: Request) -> Problem:
+def _dropout(problem: Problem, call: Request) -> Dropout | None:
     """Prepared problems know no seed; every call brings its own."""
     if problem.dropout is None and call.seed is None and type(call.offset) is int and call.offset == 0:
-        return problem
-    dropout = check_dropout(call.options.dropout_p, call.seed, call.offset)
+        return None
+    return check_dropout(call.options.dropout_p, call.seed, call.offset)
+
+
+def _seeded(problem: Problem, dropout: Dropout | None) -> Problem:
     return problem if dropout is None else problem.with_seed(dropout.seed, dropout.offset)
 
 
@@ -286,20 +299,38 @@ def _host_operands(problem: Problem, axes: tuple[int, ...], arrays: Operands) ->
 
 
 def _launch(
-    direction: str, problem: Problem, prepared: Prepared, adapter: Adapter, arrays: Operands, wanted: tuple[str, ...]
+    direction: str,
+    dropout: Dropout | None,
+    prepared: Prepared,
+    adapter: Adapter,
+    arrays: Operands,
+    wanted: tuple[str, ...],
 ) -> dict[str, Array]:
     """Run one pass on the arrays' device and the caller's current stream, its results in new arrays or in ``out``."""
-    index = prepared.device_index
-    views = {name: View(adapter.pointer(array), *prepared.operands[name], array) for name, array in arrays.items()}
+    index, pointer, results = prepared.device_index, adapter.pointer, {}
+    pointers = {name: pointer(array) for name, array in arrays.items()}
     with adapter.on_device(index):
+        stream = adapter.stream(index)
+        launch = prepared.launches.get(wanted)
+        if launch is None:
+            launch = prepared.launches[wanted] = _bind(direction, prepared, wanted, stream)
         for name in wanted:
-            if name not in views:
+            if name in arrays:
+                results[name] = arrays[name]
+            else:
                 shape, fields = prepared.results[name]
-                new = views[name] = adapter.empty(shape, fields.dtype, index)
-                new.shape, new.strides = fields.shape, fields.strides
-        launch = getattr(cuda_backend, direction)
-        launch(problem, index, views, adapter.stream(index), lambda shape, dtype: adapter.empty(shape, dtype, index))
-    return {name: views[name].owner for name in wanted}
+                results[name] = adapter.empty(shape, fields.dtype, index)
+                pointers[name] = pointer(results[name])
+        floats = launch.workspace_floats
+        workspace, _memory = adapter.workspace(floats, index) if floats else (0, None)
+        launch(pointers, workspace, dropout, stream)
+    return results
+
+
+def _bind(direction: str, prepared: Prepared, wanted: tuple[str, ...], stream: int) -> cuda_backend.Bound:
+    fields = {name: prepared.results[name][1] for name in wanted} | prepared.operands
+    views = {name: View(0, *parts) for name, parts in fields.items()}
+    return cuda_backend.bind(direction, prepared.problem, prepared.device_index, views, stream)
 
 
 def _give(

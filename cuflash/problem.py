@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -129,17 +129,6 @@ class Problem:
     out: ArraySpec | None = None
     dout: ArraySpec | None = None
     kernels: str | None = None
-    _hash: int = field(init=False, repr=False, compare=False)
-    _seedless: Problem | None = field(default=None, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        # Hashing some hundred integers on every call would cost more than the launch's own bookkeeping.
-        parts = (self.layout, self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim_v, self.dtype)
-        parts += (self.softmax_scale, self.mask, self.modifiers, self.sinks, self.dropout, self.deterministic)
-        object.__setattr__(self, "_hash", hash((*parts, self.q, self.k, self.v, self.out, self.dout, self.kernels)))
-
-    def __hash__(self) -> int:
-        return self._hash
 
     @classmethod
     def build(
@@ -241,9 +230,7 @@ class Problem:
 
     def with_seed(self, seed: int, offset: int) -> Problem:
         """Return the same problem with other random numbers."""
-        problem = replace(self, dropout=replace(self.dropout, seed=seed, offset=offset))
-        object.__setattr__(problem, "_seedless", self.without_seed())
-        return problem
+        return replace(self, dropout=replace(self.dropout, seed=seed, offset=offset))
 
     def without_seed(self) -> Problem:
         """Return what plans and kernels depend on: the same problem whatever its seed and offset are.
@@ -252,9 +239,7 @@ class Problem:
         """
         if self.dropout is None or (self.dropout.seed == 0 and self.dropout.offset == 0):
             return self
-        if self._seedless is None:
-            object.__setattr__(self, "_seedless", replace(self, dropout=Dropout(self.dropout.p, seed=0)))
-        return self._seedless
+        return replace(self, dropout=Dropout(self.dropout.p, seed=0))
 
 
 def check_layout(layout: str) -> None:
@@ -474,7 +459,18 @@ def _overlaps_itself(view: View) -> bool:
 
 def _overlap(first: View, second: View) -> bool:
     """Whether two views share an element, exactly: heads interleaved in one allocation do not."""
+    (first_start, first_end), (second_start, second_end) = _extent(first), _extent(second)
+    if first_end <= second_start or second_end <= first_start:  # mostly, and NumPy takes longer to say so
+        return False
     return np.shares_memory(_addresses(first), _addresses(second))
+
+
+def _extent(view: View) -> tuple[int, int]:
+    """Return the first address of a view and the one behind its last."""
+    reaches = [(size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)]
+    itemsize = ITEMSIZE[view.dtype]
+    start = view.pointer + itemsize * sum(reach for reach in reaches if reach < 0)
+    return start, view.pointer + itemsize * (1 + sum(reach for reach in reaches if reach > 0))
 
 
 def _addresses(view: View) -> np.ndarray:

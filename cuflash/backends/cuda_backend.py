@@ -1,7 +1,7 @@
 """Attention on a GPU: plan, load, launch. Serves every architecture.
 
 Operands are canonical (batch, seqlen, heads, head_dim) views on one device, which is current. Whoever calls allocates
-the results, because they belong to the caller's array library; ``allocate`` provides the memory between launches.
+the results, because they belong to the caller's array library, and the workspace between launches.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from cuflash.cuda import module
-from cuflash.cuda.launch import Launch
+from cuflash.cuda.launch import Bound, Launch
 from cuflash.device import DeviceInfo, require_cupy
 from cuflash.plan import Plan
 from cuflash.planner import plan_backward, plan_forward, plan_passes
@@ -18,41 +18,27 @@ from cuflash.problem import Problem, View, check_backend_dtype
 DTYPES = ("float16", "bfloat16")
 MAX_LAUNCHES = 4096  # passes kept ready; decoding with a growing cache brings a new one every step
 
-Allocate = Callable[[tuple[int, ...], str], View]
 Planner = Callable[[Problem, DeviceInfo], Plan]
+PLANNERS: dict[str, Planner] = {"forward": plan_forward, "backward": plan_backward}
 
 
-def forward(
-    problem: Problem, device_index: int, views: Mapping[str, View], stream: int, allocate: Allocate | None = None
-) -> None:
-    """Write ``views["out"]`` and, where it is given, ``views["lse"]``.
+def bind(direction: str, problem: Problem, device_index: int, views: Mapping[str, View], stream: int) -> Bound:
+    """Return what launches a pass on arrays that lie in memory as ``views`` do, whatever their addresses.
 
     Parameters
     ----------
+    direction : {"forward", "backward"}
+        The forward writes ``out`` and, where it is given, ``lse``; the backward ``dq``, ``dk``, ``dv`` and, with sinks,
+        ``dsinks``.
     problem : Problem
         What the views were checked as.
     views : mapping of str to View
-        ``q``, ``k``, ``v``, ``out``, and those of ``lse``, ``alibi_slopes``, ``sinks``, ``seqused_q``, ``seqused_k``
-        that the problem has.
+        The results, ``q``, ``k``, ``v``, and those of ``alibi_slopes``, ``sinks``, ``seqused_q``, ``seqused_k`` that
+        the problem has; to a backward also ``out``, ``lse``, ``dout`` and, where it is not zero, ``dlse``.
     stream : int
-        The caller's current ``cudaStream_t``.
-    allocate : callable
-        ``allocate(shape, dtype)`` returns a view of uninitialised memory that may be reused in the order of ``stream``.
+        The caller's current ``cudaStream_t``: nothing is loaded while it is captured.
     """
-    launch = _ready(plan_forward, problem.without_seed(), device_index, stream)
-    launch(views, 0, problem.dropout, stream)
-
-
-def backward(
-    problem: Problem, device_index: int, views: Mapping[str, View], stream: int, allocate: Allocate
-) -> None:
-    """Write ``views["dq"]``, ``views["dk"]``, ``views["dv"]`` and, with sinks, ``views["dsinks"]``.
-
-    The other views are those of `forward`, with ``lse``, ``dout`` and, where it is not zero, ``dlse``.
-    """
-    launch = _ready(plan_backward, problem.without_seed(), device_index, stream)
-    workspace = allocate((launch.workspace_floats,), "float32")
-    launch(views, workspace.pointer, problem.dropout, stream)
+    return _ready(PLANNERS[direction], problem.without_seed(), device_index, stream).bind(views)
 
 
 def explain(problem: Problem, device_index: int) -> str:
@@ -76,10 +62,9 @@ def warmup(problem: Problem, device_index: int, backward: bool = True) -> None:
     specs = {step.spec for plan in plans for step in plan.steps}
     for _ in module.load_all(specs, device_index):
         pass
-    planners = {"forward": plan_forward, "backward": plan_backward}
     with require_cupy().cuda.Device(device_index):
         for plan in plans:
-            _ready(planners[plan.pass_], problem.without_seed(), device_index, stream=0)
+            _ready(PLANNERS[plan.pass_], problem.without_seed(), device_index, stream=0)
 
 
 _launches: dict[tuple[Planner, Problem, int], Launch] = {}  # single reads and writes only, so threads need no lock

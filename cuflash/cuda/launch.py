@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,7 +112,7 @@ PARAMS = {  # by kernel; those around the main ones take the innermost part
     "backward_queries_sm90": BACKWARD_QUERIES_SM90_PARAMS,
 }
 PERSISTENT = ("forward_sm90", "backward_sm90")  # draw their tiles from a counter
-MAX_MAPS = 256  # tensor maps remembered per operand of a launch: one of every layer of a model, again at every step
+MAX_MAPS = 256  # tensor maps remembered per operand and layout: one of every layer of a model, again at every step
 OPERANDS_IN_STRUCTS = {
     "seqused_q": ("shape", "used_q"),
     "seqused_k": ("shape", "used_k"),
@@ -120,9 +120,7 @@ OPERANDS_IN_STRUCTS = {
     "sinks": ("score", "sinks"),
 }
 
-_put_pointer = struct.Struct("<Q").pack_into
-_put_rows = struct.Struct("<Qqqq").pack_into
-_put_seed = struct.Struct("<QI").pack_into  # seed_low and seed_high are the halves of a little-endian 64-bit seed
+_put_strides = struct.Struct("<qqq").pack_into
 
 
 def constants(plan: Plan) -> bytes:
@@ -161,9 +159,9 @@ def constants(plan: Plan) -> bytes:
 
 
 class Launch:
-    """The kernels of one plan, loaded on one device; call it as often as you like, from any thread.
+    """The kernels of one plan, loaded on one device; launch them as often as you like, from any thread.
 
-    Making one compiles and loads what is missing. A call only patches bytes and launches, so it may be captured in a
+    Making one compiles and loads what is missing. A call only packs bytes and launches, so it may be captured in a
     CUDA graph.
     """
 
@@ -173,17 +171,17 @@ class Launch:
         self._bind_context = cuda.runtime.setDevice
         self._launch_kernel = cuda.driver.launchKernel
         self._device_index = device_index
-        self._constants = constants(plan)
-        self._offsets = _Offsets(PARAMS[plan.main_entry])
-        parts = [self._offsets.part_of(step.spec.entry) for step in plan.steps]
-        self._maps = [
-            _Map(name, part.offset + part.params.fields[name][1], rows)
+        self.constants = constants(plan)
+        self.offsets = _Offsets(PARAMS[plan.main_entry])
+        parts = [self.offsets.part_of(step.spec.entry) for step in plan.steps]
+        self.through_maps = [
+            _Operand(name, part.offset + part.params.fields[name][1], rows)
             for step, part in zip(plan.steps, parts, strict=True)
             for name, rows in step.boxes
         ]
         persistent = any(step.spec.entry in PERSISTENT for step in plan.steps)
-        self._counters = tile_counters(device_index) if persistent else None
-        self._workspace = _workspace_offsets(plan)
+        self.counters = tile_counters(device_index) if persistent else None
+        self.workspace = _workspace_offsets(plan)
         self._free: list[_Parameters] = []
         self._kernels = [module.load(step.spec, device_index) for step in plan.steps]
         self._launches = []
@@ -192,41 +190,103 @@ class Launch:
                 attribute = cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 cuda.driver.funcSetAttribute(kernel.handle, attribute, step.shared_bytes)
             launch = (kernel.handle, step.grid, 1, 1, step.threads, 1, 1, step.shared_bytes)
-            self._launches.append((launch, self._offsets.parts.index(part)))
+            self._launches.append((launch, self.offsets.parts.index(part)))
         self.workspace_floats = _workspace_floats(plan)
 
     def __call__(self, views: Mapping[str, View], workspace: int, dropout: Dropout | None, stream: int) -> None:
-        """Launch on ``stream`` (a ``cudaStream_t``); the device is current.
+        """Bind to arrays and launch on them, once."""
+        self.bind(views)({name: view.pointer for name, view in views.items()}, workspace, dropout, stream)
 
-        ``workspace`` is the address of ``workspace_floats`` float32 values.
-        """
+    def bind(self, views: Mapping[str, View]) -> Bound:
+        """Return the launches for arrays of these names, shapes and strides; addresses come with every call."""
+        return Bound(self, views)
+
+    def enqueue(self, pack_into: Callable[..., None], values: list[bytes | int], stream: int) -> None:
+        """Launch with the struct that ``pack_into`` writes."""
         try:
             parameters = self._free.pop()
         except IndexError:
-            parameters = _Parameters(len(self._constants), self._offsets.parts)
-        struct_bytes, offsets = parameters.bytes, self._offsets
-        struct_bytes[:] = self._constants
-        for name, offset in offsets.rows:
-            view = views[name]
-            batch_stride, row_stride, head_stride, _ = view.strides
-            _put_rows(struct_bytes, offset, view.pointer, batch_stride, row_stride, head_stride)
-        for tensor_map_of in self._maps:
-            tensor_map_of.put(struct_bytes, views)
-        if self._counters is not None:
-            _put_pointer(struct_bytes, offsets.of["tile_counter"], self._counters.address(stream))
-        for name, offset in offsets.pointers:
-            if name in views:
-                _put_pointer(struct_bytes, offset, views[name].pointer)
-        for name, byte_offset in self._workspace:
-            _put_pointer(struct_bytes, offsets.of[name], workspace + byte_offset)
-        if dropout is not None:
-            _put_seed(struct_bytes, offsets.of["dropout"], dropout.seed, dropout.offset)
+            parameters = _Parameters(len(self.constants), self.offsets.parts)
+        pack_into(parameters.bytes, 0, *values)
         # A thread that has not used the CUDA runtime yet has no context, and the driver launches nothing without one.
         if not self._context():
             self._bind_context(self._device_index)
         for launch, part in self._launches:
             self._launch_kernel(*launch, stream, parameters.arguments[part], 0)
         self._free.append(parameters)
+
+
+class Bound:
+    """The launches of a plan for one layout of its arrays.
+
+    The parameters are packed at once, addresses between constants: a write for each would cost more than the launch.
+    """
+
+    def __init__(self, launch: Launch, views: Mapping[str, View]) -> None:
+        offsets, content = launch.offsets, bytearray(launch.constants)
+        for name, offset in offsets.rows:
+            _put_strides(content, offset + ROWS.fields["batch_stride"][1], *views[name].strides[:3])
+        pointers = [(name, offset) for name, offset in (*offsets.rows, *offsets.pointers) if name in views]
+        workspace = [(offsets.of[name], byte_offset) for name, byte_offset in launch.workspace]
+        counter = None if launch.counters is None else offsets.of["tile_counter"]
+        seed = offsets.of["dropout"]  # seed_low and seed_high are the halves of a little-endian 64-bit seed
+        holes = {seed: "Q", seed + DROPOUT_KEY.fields["offset"][1]: "I"}
+        holes |= {operand.offset: f"{tensor_map.BYTES}s" for operand in launch.through_maps}
+        addresses = [*(offset for _, offset in pointers), *(offset for offset, _ in workspace)]
+        holes |= dict.fromkeys(addresses if counter is None else [*addresses, counter], "Q")
+        packing = _Packing(bytes(content), holes)
+        place_of = packing.places
+        self._pack_into, self._values = packing.pack_into, packing.values
+        self._pointers = [(place_of[offset], name) for name, offset in pointers]
+        self._maps = [
+            (place_of[operand.offset], operand.name, operand.maps_like(views[operand.name]))
+            for operand in launch.through_maps
+        ]
+        self._workspace = [(place_of[offset], byte_offset) for offset, byte_offset in workspace]
+        self._counters, self._counter = launch.counters, place_of.get(counter)
+        self._seed = place_of[seed]
+        self._enqueue = launch.enqueue
+        self.workspace_floats = launch.workspace_floats
+
+    def __call__(self, pointers: Mapping[str, int], workspace: int, dropout: Dropout | None, stream: int) -> None:
+        """Launch on ``stream`` (a ``cudaStream_t``); the device is current.
+
+        ``pointers`` are the addresses of the arrays, ``workspace`` that of ``workspace_floats`` float32 values.
+        """
+        values = self._values.copy()
+        for place, name in self._pointers:
+            values[place] = pointers[name]
+        for place, name, maps in self._maps:
+            values[place] = maps[pointers[name]]
+        for place, byte_offset in self._workspace:
+            values[place] = workspace + byte_offset
+        if self._counters is not None:
+            values[self._counter] = self._counters.address(stream)
+        if dropout is not None:
+            values[self._seed], values[self._seed + 1] = dropout.seed, dropout.offset
+        self._enqueue(self._pack_into, values, stream)
+
+
+class _Packing:
+    """How to write a struct that is constant but for ``holes``, which are codes of `struct` by offset.
+
+    ``values`` are the arguments of ``pack_into`` with zeros in the holes, ``places`` the index of each hole in them.
+    """
+
+    def __init__(self, content: bytes, holes: Mapping[int, str]) -> None:
+        codes, end = "<", 0
+        self.values: list[bytes | int] = []
+        self.places: dict[int, int] = {}
+        for offset, code in sorted(holes.items()):
+            if offset > end:
+                codes += f"{offset - end}s"
+                self.values.append(content[end:offset])
+            codes += code
+            self.places[offset] = len(self.values)
+            self.values.append(0)
+            end = offset + struct.calcsize(f"<{code}")
+        self.values.append(content[end:])
+        self.pack_into = struct.Struct(f"{codes}{len(content) - end}s").pack_into
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,28 +315,36 @@ class _Parameters:
         self.arguments = [first + index * ctypes.sizeof(ctypes.c_void_p) for index in range(len(parts))]
 
 
-class _Map:
-    """The tensor maps of one operand of a kernel: by address, and by strides, which are the caller's layout's where
-    we allocate. They move ``rows`` rows at a time.
+class _Operand:
+    """An operand that a kernel finds through tensor maps, at ``offset`` in the struct; they move ``rows`` rows a time.
+
+    Where we allocate, strides are those of the caller's layout, which a plan does not know.
     """
 
     def __init__(self, name: str, offset: int, rows: int) -> None:
-        self._name, self._slice, self._rows = name, slice(offset, offset + tensor_map.BYTES), rows
-        self._encoders: dict[tuple[int, ...], tensor_map.Encoder] = {}
-        self._encoded: dict[tuple[int, tuple[int, ...]], bytes] = {}
+        self.name, self.offset, self._rows = name, offset, rows
+        self._maps: dict[tuple[int, ...], _Maps] = {}
 
-    def put(self, struct_bytes: bytearray, views: Mapping[str, View]) -> None:
-        view = views[self._name]
-        key = view.pointer, view.strides
-        encoded = self._encoded.get(key)
-        if encoded is None:
-            encoder = self._encoders.get(view.strides)
-            if encoder is None:
-                encoder = self._encoders[view.strides] = tensor_map.Encoder(view, self._rows)
-            if len(self._encoded) >= MAX_MAPS:
-                self._encoded.clear()
-            encoded = self._encoded[key] = encoder.encode(view.pointer)
-        struct_bytes[self._slice] = encoded
+    def maps_like(self, view: View) -> _Maps:
+        """Return the maps of all arrays with a view's strides."""
+        maps = self._maps.get(view.strides)
+        if maps is None:
+            maps = self._maps[view.strides] = _Maps(tensor_map.Encoder(view, self._rows))
+        return maps
+
+
+class _Maps(dict[int, bytes]):
+    """Encoded tensor maps by address, made when they are first asked for."""
+
+    def __init__(self, encoder: tensor_map.Encoder) -> None:
+        super().__init__()
+        self._encoder = encoder
+
+    def __missing__(self, pointer: int) -> bytes:
+        if len(self) >= MAX_MAPS:
+            self.clear()
+        encoded = self[pointer] = self._encoder.encode(pointer)
+        return encoded
 
 
 class _Offsets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -224,6 +225,39 @@ def test_a_kind_of_call_is_checked_once(calls, monkeypatch):
     cuflash.attention(arrays.q, arrays.k[:, 1:], arrays.v[:, 1:], causal=True, dropout_p=0.5, seed=0)
     cuflash.attention(arrays.q, arrays.k, arrays.v, causal="top_left", dropout_p=0.5, seed=0)
     assert len(built) == len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("keyword", "accepted", "refused"),
+    [
+        ("causal", True, 1.0),
+        ("window_size", (3, 0), (3.0, 0)),
+        ("window_size", [3, 0], [3, 0.0]),
+        ("softmax_scale", 0.5, Decimal("0.5")),
+        ("softcap", 2.0, 2 + 0j),
+        ("dropout_p", 0.0, Decimal(0)),
+        ("deterministic", True, 1),
+        ("deterministic", False, 0),
+        ("copy", False, 0),
+    ],
+)
+def test_what_equals_an_accepted_value_is_checked_all_the_same(keyword, accepted, refused):
+    arrays = operands()
+    assert accepted == refused
+    cuflash.attention(arrays.q, arrays.k, arrays.v, **{keyword: accepted})
+    with pytest.raises((TypeError, ValueError), match=f"^{keyword} is "):
+        cuflash.attention(arrays.q, arrays.k, arrays.v, **{keyword: refused})
+
+
+def test_windows_of_one_kind_are_told_apart():
+    arrays = operands()
+    for window in ((3, 0), (4, 0), (3, 1), (3, None), (None, 0)):
+        report = check(
+            {"out": cuflash.attention(arrays.q, arrays.k, arrays.v, window_size=window)},
+            problem_of(arrays, window_size=window),
+            arrays,
+        )
+        assert report.ok, report
 
 
 def test_errors_are_not_remembered(calls):

@@ -54,8 +54,11 @@ def test_a_view_of_numpy_memory():
 
 
 def test_new_arrays():
-    view = the(NumpyAdapter).empty((2, 3), "bfloat16", 0)
-    assert view.owner.dtype == ml_dtypes.bfloat16 and view.strides == (3, 1) and view.pointer == view.owner.ctypes.data
+    adapter = the(NumpyAdapter)
+    array = adapter.empty((2, 3), "bfloat16", 0)
+    assert array.dtype == ml_dtypes.bfloat16 and array.shape == (2, 3) and array.flags.c_contiguous
+    pointer, array = adapter.workspace(5, 0)
+    assert pointer == array.ctypes.data and array.nbytes == 20
 
 
 def test_a_fingerprint_holds_what_checks_depend_on():
@@ -185,7 +188,9 @@ def test_cupy_arrays():
         ("cuda", 0),
     )
     assert view.pointer == array.data.ptr and adapter.pointer(array) == array.data.ptr
-    assert adapter.empty((2, 3), "bfloat16", 0).owner.dtype == ml_dtypes.bfloat16
+    assert adapter.empty((2, 3), "bfloat16", 0).dtype == ml_dtypes.bfloat16
+    pointer, memory = adapter.workspace(5, 0)
+    assert pointer == memory.ptr and memory.mem.size >= 20
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         assert adapter.stream(0) == stream.ptr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import cuflash
 from cuflash import arrays, dispatch
 from cuflash.backends import numpy_backend
-from cuflash.problem import View
+from cuflash.problem import Problem, View
 from cuflash.testing import numpy_dtype
 
 DEVICE, STREAM = 3, 0xABC
@@ -47,13 +48,11 @@ class DeviceAdapter(arrays.Adapter):
     def is_writable(self, array: DeviceArray) -> bool:
         return HOST.is_writable(array.host)
 
-    def empty(self, shape, dtype, device_index) -> View:
+    def empty(self, shape, dtype, device_index) -> DeviceArray:
         assert device_index == self.current_device == DEVICE
-        view = HOST.empty(shape, dtype, device_index)
-        if dtype != "int32":
-            view.owner.fill(np.nan)
-        view.device, view.owner = ("cuda", DEVICE), DeviceArray(view.owner)
-        return view
+        array = HOST.empty(shape, dtype, device_index)
+        array.fill(np.nan)
+        return DeviceArray(array)
 
     def packed(self, array: DeviceArray) -> DeviceArray:
         return DeviceArray(HOST.packed(array.host))
@@ -88,36 +87,48 @@ def array_at(view: View) -> np.ndarray:
 
 
 class HostBackend:
-    """`cuda_backend` by contract, solved by `numpy_backend`; remembers its calls."""
+    """`cuda_backend` by contract, solved by `numpy_backend`; remembers its calls, and for what it was bound."""
 
     DTYPES = ("float16", "bfloat16")
 
     def __init__(self) -> None:
-        self.calls = []
+        self.calls, self.bound = [], []
 
-    def forward(self, problem, device_index, views, stream, allocate) -> None:
-        operands = self._operands(problem, device_index, views, stream, allocate)
-        lse = operands.pop("lse", None)
-        _, actual = numpy_backend.forward(problem, **operands)
-        if lse is not None:
-            lse[:] = actual
-
-    def backward(self, problem, device_index, views, stream, allocate) -> None:
-        operands = self._operands(problem, device_index, views, stream, allocate)
-        results = {name: operands.pop(name) for name in ("dq", "dk", "dv", "dsinks") if name in operands}
-        for name, gradient in zip(
-            ("dq", "dk", "dv", "dsinks"), numpy_backend.backward(problem, **operands), strict=True
-        ):
-            if gradient is not None:
-                results[name][:] = gradient
-
-    def _operands(self, problem, device_index, views, stream, allocate) -> dict[str, np.ndarray]:
+    def bind(self, direction, problem, device_index, views, stream) -> HostLaunch:
         assert (device_index, stream) == (DEVICE, STREAM)
         assert {view.device for view in views.values()} == {("cuda", DEVICE)}
-        workspace = allocate((3, 5), "float32")
-        assert (workspace.shape, workspace.strides, workspace.dtype) == ((3, 5), (5, 1), "float32")
+        self.bound.append((direction, tuple(views)))
+        return HostLaunch(direction, problem, views, self.calls)
+
+
+@dataclass
+class HostLaunch:
+    """`cuflash.cuda.launch.Bound` by contract."""
+
+    direction: str
+    problem: Problem
+    views: dict[str, View]
+    calls: list
+    workspace_floats: int = 15
+
+    def __call__(self, pointers, workspace, dropout, stream) -> None:
+        assert stream == STREAM and set(pointers) == set(self.views)
+        probe = array_at(View(workspace, (self.workspace_floats,), (1,), "float32"))
+        probe[:] = 0
+        problem = self.problem if dropout is None else self.problem.with_seed(dropout.seed, dropout.offset)
+        views = {name: replace(view, pointer=pointers[name]) for name, view in self.views.items()}
         self.calls.append((problem, views))
-        return {name: array_at(view) for name, view in views.items()}
+        operands = {name: array_at(view) for name, view in views.items()}
+        if self.direction == "forward":
+            given_lse = operands.pop("lse", None)
+            _, lse = numpy_backend.forward(problem, **operands)
+            if given_lse is not None:
+                given_lse[:] = lse
+            return
+        results = {name: operands.pop(name) for name in ("dq", "dk", "dv", "dsinks") if name in operands}
+        gradients = dict(zip(("dq", "dk", "dv", "dsinks"), numpy_backend.backward(problem, **operands), strict=True))
+        for name, result in results.items():
+            result[:] = gradients[name]
 
 
 @pytest.fixture
@@ -186,13 +197,78 @@ def test_views_are_canonical_and_problems_the_same_object(backend):
     assert "lse" not in views
 
 
+def test_a_kind_of_call_is_bound_once_for_each_set_of_results(backend):
+    operands = on_device(CALLS["plain"])
+    inputs = ("q", "k", "v")
+    for _ in range(2):
+        out, lse = cuflash.attention(**operands, return_lse=True)
+        cuflash.attention(**operands)
+        for dlse in (None, DeviceArray(np.ones_like(lse.host))):
+            cuflash.attention_backward(out, *operands.values(), out, lse, dlse=dlse)
+    assert [(direction, set(names)) for direction, names in backend.bound] == [
+        ("forward", {*inputs, "out", "lse"}),
+        ("forward", {*inputs, "out"}),
+        ("backward", {*inputs, "out", "lse", "dout", "dq", "dk", "dv"}),
+        ("backward", {*inputs, "out", "lse", "dout", "dq", "dk", "dv", "dlse"}),
+    ]
+    assert len(backend.calls) == 8
+
+
+def test_a_bound_call_brings_its_own_addresses(backend):
+    for seed in (0, 1):
+        arrays = {name: normal(2, 33, 4, 16, seed=seed + place) for place, name in enumerate("qkv")}
+        out = cuflash.attention(**on_device(arrays))
+        np.testing.assert_array_equal(out.host, cuflash.attention(**arrays))
+    assert len(backend.bound) == 1
+
+
+SQUARE = {name: normal(2, 16, 16, 16, seed=place) for place, name in enumerate("qkv")}
+SWAPPED = {name: array.swapaxes(1, 2) for name, array in SQUARE.items()}
+OF_ONE_SHAPE = {
+    "plain": SQUARE,
+    "strides": SQUARE | {"k": SWAPPED["k"]},
+    "alignment": SQUARE | {"k": normal(2 * 16**3 + 1)[1:].reshape(2, 16, 16, 16)},
+    "dtype": {name: array.astype(numpy_dtype("bfloat16")) for name, array in SQUARE.items()},
+    "layout": SQUARE | {"layout": "bhsd"},
+    "the same problem with results of another layout": SWAPPED,
+    "window": SQUARE | {"window_size": (3, 0)},
+    "another window": SQUARE | {"window_size": (4, 0)},
+    "mask": SQUARE | {"causal": True},
+    "another mask": SQUARE | {"causal": "top_left"},
+}
+
+
+def test_calls_of_one_shape_are_told_apart(backend):
+    for _ in range(2):
+        for operands in OF_ONE_SHAPE.values():
+            out = cuflash.attention(**on_device(operands))
+            np.testing.assert_array_equal(out.host, cuflash.attention(**operands))
+    assert len(backend.bound) == len(OF_ONE_SHAPE)
+
+
+def test_out_is_checked_at_every_call(backend):
+    """Where it lies beside other operands, and whether it may be written, no key knows."""
+    memory = normal(4, 2, 33, 4, 16)
+    q, k, v, out = map(DeviceArray, memory)
+    cuflash.attention(q, k, v, out=out)
+    with pytest.raises(ValueError, match="^out overlaps k; only out=q itself"):
+        cuflash.attention(q, k, v, out=k)
+    with pytest.raises(ValueError, match="^out overlaps q; vjp reads it again"):
+        cuflash.vjp(q, k, v, out=q)
+    out.host.flags.writeable = False
+    with pytest.raises(ValueError, match="^out is read-only"):
+        cuflash.attention(q, k, v, out=out)
+    assert len(backend.calls) == 1
+    assert cuflash.attention(q, k, v, out=q) is q
+
+
 def test_dropout_brings_the_seed_of_the_call(backend):
     operands = on_device(CALLS["plain"])
     for seed in (5, 6):
         cuflash.attention(**operands, dropout_p=0.5, seed=seed, offset=seed)
     (first, _), (second, _) = backend.calls
     assert (first.dropout.seed, second.dropout.seed, second.dropout.offset) == (5, 6, 6)
-    assert first.without_seed() is second.without_seed()
+    assert first.without_seed() == second.without_seed()
 
 
 def test_out_is_written_in_place(backend):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_driver import COUNTERS, addressed, backward_views, driver, forward_views  # noqa: F401 - a fixture
+from fake_driver import COUNTERS, backward_views, driver, forward_views  # noqa: F401 - a fixture
 
 from cuflash.cuda import launch
 from cuflash.cuda.source import kernels_folder
@@ -145,6 +145,27 @@ def test_backward_passes_every_address(driver):  # noqa: F811
     assert min(ends) == 1 << 40
 
 
+def test_a_bound_launch_takes_other_addresses_at_every_call(driver):  # noqa: F811
+    views = backward_views(dlse=View.of((2, 4, 100), "float32", ("cuda", 0)))
+    for kernels, params in (("sm80", launch.BACKWARD_PARAMS), ("sm90", launch.BACKWARD_SM90_PARAMS)):
+        bound = launch.Launch(plan_backward(problem_of(views, kernels=kernels), HOPPER), 0).bind(views)
+        for shift in (0, 1 << 30, 1 << 31):
+            pointers = {name: view.pointer + shift for name, view in views.items()}
+            driver.launched.clear()
+            bound(pointers, (1 << 40) + shift, None, 0)
+            (main,) = [launched for launched in driver.launched if launched.entry == f"backward_{kernels}"]
+            content = read(params, main.parameters)
+            found = content["common"] if kernels == "sm90" else content
+            assert {name: found[name]["data"] for name in ("q", "k", "v", "dout", "dq", "dk", "dv")} == {
+                name: pointers[name] for name in ("q", "k", "v", "dout", "dq", "dk", "dv")
+            }
+            assert (found["lse"], found["dlse"]) == (pointers["lse"], pointers["dlse"])
+            assert found["row_lse"] == (1 << 40) + shift
+            if kernels == "sm90":
+                maps = maps_in(params, main)
+                assert {name: pointer for name, (pointer, _) in maps.items()} == {name: pointers[name] for name in maps}
+
+
 def test_what_one_call_brought_does_not_stay_for_the_next(driver):  # noqa: F811
     views = forward_views()
     prepared = launch.Launch(plan_forward(problem_of(views), HOPPER), 0)
@@ -191,16 +212,16 @@ def test_calls_at_the_same_time_have_parameters_of_their_own(driver, monkeypatch
     """The driver holds every call until all have patched their bytes: the lock is released at the worst moment."""
     threads, views, genuine = 4, forward_views(), driver.launchKernel
     prepared, barrier = launch.Launch(plan_forward(problem_of(views), HOPPER), 0), threading.Barrier(threads)
+    bound = prepared.bind(views)
 
     def held(*arguments):
         barrier.wait(timeout=10)
         genuine(*arguments)
 
     monkeypatch.setattr(prepared, "_launch_kernel", held)
-    own = [addressed({name: replace(view) for name, view in views.items()}) for _ in range(threads)]
-    for number, mine in enumerate(own):
-        mine["out"].pointer = (number + 1) << 30
-    workers = [threading.Thread(target=prepared, args=(mine, 0, None, number)) for number, mine in enumerate(own)]
+    pointers = {name: view.pointer for name, view in views.items()}
+    own = [pointers | {"out": (number + 1) << 30} for number in range(threads)]
+    workers = [threading.Thread(target=bound, args=(mine, 0, None, number)) for number, mine in enumerate(own)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -281,7 +302,7 @@ def test_number_of_maps_kept_is_bounded(driver, hopper, monkeypatch):  # noqa: F
     for number in range(1, 12):
         views = {name: replace(view, pointer=view.pointer + 16 * number) for name, view in forward_views().items()}
         prepared(views, 0, None, 0)
-        assert all(len(one._encoded) <= 3 for one in prepared._maps)
+        assert all(len(operand.maps_like(views[operand.name])) <= 3 for operand in prepared.through_maps)
         found = maps_in(launch.FORWARD_SM90_PARAMS, driver.launched[-1])
         assert {name: pointer for name, (pointer, _) in found.items()} == {name: views[name].pointer for name in found}
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import ahead, variants
 from benchmarks.variants import Change, questions
 from benchmarks.workloads import select
+from cuflash import dispatch
 from cuflash.backends import cuda_backend
 from cuflash.cuda import module, nvrtc
 from cuflash.device import DeviceInfo
@@ -28,7 +29,7 @@ def planned(question) -> list[tuple]:
 def test_open_questions_change_something(question, name):
     """Launches are planned otherwise, or the text of a kernel is another: an edit that does not fit asks nothing."""
     before = planned(question)
-    with question.variants[name].applied({}, {}):
+    with question.variants[name].applied({}, {}, {}):
         after = planned(question)
     assert after != before
     assert planned(question) == before
@@ -37,19 +38,20 @@ def test_open_questions_change_something(question, name):
 @pytest.mark.slow
 @asked
 def test_what_they_ask_about_compiles(question, name):
-    with question.variants[name].applied({}, {}):
+    with question.variants[name].applied({}, {}, {}):
         for spec, text in {step.spec: text for step, text in planned(question)}.items():
             report = nvrtc.compile_text(text, spec.arch, name=spec.source)
             assert report.warnings == (), "C7508 to C7515: products wait for each other"
 
 
-def test_a_variant_keeps_its_launches_and_kernels_to_itself():
-    launches, kernels = {}, {}
-    outside = cuda_backend._launches, module._kernels
-    with Change().applied(launches, kernels):
+def test_a_variant_keeps_its_calls_launches_and_kernels_to_itself():
+    calls, launches, kernels = {}, {}, {}
+    outside = dispatch._prepared, cuda_backend._launches, module._kernels
+    with Change().applied(calls, launches, kernels):
+        assert dispatch._prepared is calls
         assert cuda_backend._launches is launches
         assert module._kernels is kernels
-    assert (cuda_backend._launches, module._kernels) == outside
+    assert (dispatch._prepared, cuda_backend._launches, module._kernels) == outside
 
 
 def test_edits_fit_once_or_are_refused():
