@@ -60,9 +60,10 @@ class Plan:
 
     ``dq_tile`` is the row of a kernel that computes dq alone. ``workspace`` maps a name to (shape, dtype);
     ``section_heads`` (batch, head) pairs are worked on together, because what their blocks share fits in L2.
-    Rows of ``packed_heads`` query heads, which have their keys in common, share a tile. With ``split_groups`` every
-    query head has tiles of the backward of its own, and the heads of a group sum dk and dv in float32. ``note`` says
-    why a Hopper GPU runs the portable kernels, where it does.
+    Rows of ``packed_heads`` query heads, which have their keys in common, share a tile; ``cluster_size`` thread
+    blocks share what is copied for them, those of the forward for ``cluster_heads`` heads (or packs of them). With
+    ``split_groups`` every query head has tiles of the backward of its own, and the heads of a group sum dk and dv
+    in float32. ``note`` says why a Hopper GPU runs the portable kernels, where it does.
     """
 
     problem: Problem
@@ -74,6 +75,8 @@ class Plan:
     section_heads: int
     dq_tile: QueriesRow | None = None
     packed_heads: int = 1
+    cluster_size: int = 1
+    cluster_heads: int = 1
     split_groups: bool = False
     note: str | None = None
 
@@ -94,9 +97,13 @@ class Plan:
 
     @property
     def key_tiles(self) -> int:
-        """Tiles of the backward: blocks of keys of all key/value heads, of all query heads where groups are split."""
+        """Tiles of the backward, those of a cluster counted as one.
+
+        They are blocks of keys of all key/value heads, of all query heads where groups are split.
+        """
         heads = self.problem.num_heads if self.split_groups else self.problem.num_kv_heads
-        return num_blocks(self.problem.layout.seqlen_k, self.tile.block_n) * heads * self.problem.layout.batch
+        blocks = num_blocks(self.problem.layout.seqlen_k, self.tile.block_n) // self.cluster_size
+        return blocks * heads * self.problem.layout.batch
 
     @property
     def flops(self) -> float:
@@ -139,6 +146,8 @@ class Plan:
         ]
         if self.packed_heads > 1:
             lines.append(f"  a tile holds the queries of {self.packed_heads} heads with the same keys")
+        if self.cluster_size > 1:
+            lines.append(f"  clusters of {self.cluster_size} thread blocks share what is copied for them")
         if self.split_groups:
             lines.append("  a tile takes one query head; those of a group sum dk and dv in float32")
         if self.dq_tile is not None:
@@ -162,12 +171,15 @@ _WIDTHS = ("load_bytes", "store_bytes")
 _SCORES = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
 _USED = ("used_queries", "used_keys")
 _DQ_TILE = ("Element", "head_dim", "block_m", "num_warps", "warpgroups")
-_SCHEDULE = ("num_consumers", "query_stages", "out_chunks", "ping_pong", "lazy_rescale", "eighths_before_wait")
+_SCHEDULE = (
+    *("num_consumers", "query_stages", "out_chunks", "ping_pong", "lazy_rescale", "eighths_before_wait"),
+    "early_draws",
+)
 _DQ_SCHEDULE = ("num_consumers", "value_stages")
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
     "forward_sm90": (
-        *("Element", "head_dim", "head_dim_v", "block_n", "packed_heads"),
+        *("Element", "head_dim", "head_dim_v", "block_n", "packed_heads", "cluster_size", "cluster_heads"),
         *_SCHEDULE,
         *_SCORES,
         *("sinks", "used_keys"),
@@ -178,7 +190,7 @@ CONFIG_FIELDS = {
     ),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
     "backward_sm90": (
-        *("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, *_USED),
+        *("Element", "head_dim", "head_dim_v", "block_m", "cluster_size", *_SCORES, *_USED),
         *("with_dq", "first_stores", "split_groups"),
     ),
     "backward_keys_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "used_queries"),

@@ -93,6 +93,7 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     if heads > 1:
         tile = forward_row(*sizes, causal=causal, extras=extras, packed=True)
     queries = tile.block_m // heads
+    size, cluster_heads = tile.clusters(problem.group_size // heads, num_blocks(layout.seqlen_q, queries))
     config = score_config(problem) | {
         "block_n": ("int", tile.block_n),
         "num_consumers": ("int", tile.num_consumers),
@@ -101,14 +102,19 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "ping_pong": ("bool", tile.ping_pong),
         "lazy_rescale": ("bool", tile.lazy_rescale),
         "eighths_before_wait": ("int", tile.eighths_before_wait),
+        "early_draws": ("int", tile.early_draws if problem.dropout is not None else 0),
         "used_keys": ("bool", layout.used_k),
         "packed_heads": ("int", heads),
+        "cluster_size": ("int", size),
+        "cluster_heads": ("int", cluster_heads),
     }
     spec = kernel_spec("forward_sm90", config, device.arch)
-    tiles = num_blocks(layout.seqlen_q, queries) * (problem.num_heads // heads) * layout.batch
+    blocks = num_blocks(layout.seqlen_q, queries * (size // cluster_heads))
+    clusters = blocks * (problem.num_heads // (heads * cluster_heads)) * layout.batch
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": queries, "k": tile.block_n, "v": tile.block_n, "out": min(queries, WARPGROUP_ROWS)}
-    step = Step(spec, min(device.sm_count, tiles), tile.threads, shared_bytes, 1, tuple(boxes.items()))
+    grid = size * min(device.sm_count // size, clusters)
+    step = Step(spec, grid, tile.threads, shared_bytes, 1, tuple(boxes.items()))
     return Plan(
         problem=problem,
         device=device,
@@ -118,6 +124,8 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         workspace={},
         section_heads=forward_section_heads(problem, device),
         packed_heads=heads,
+        cluster_size=size,
+        cluster_heads=cluster_heads,
     )
 
 
@@ -130,6 +138,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     split_groups = tile.splits_groups(problem.group_size, layout.seqlen_q, causal=causal)
     heads = 1 if split_groups else problem.group_size
     queries = problem.mask.band(layout.seqlen_q, layout.seqlen_k).most_queries(tile.block_n)
+    size = tile.clusters(num_blocks(layout.seqlen_k, tile.block_n), window_left=problem.mask.left is not None)
     first_stores = dq_tile is None and tile.first_stores(queries, heads, causal=causal)
     config = score_config(problem) | {
         "head_dim": ("int", tile.columns(head_dim)),
@@ -139,6 +148,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "num_warps": ("int", tile.num_warps),
         "load_bytes": ("int", load_bytes(problem, "backward")),
         "store_bytes": ("int", store_bytes(problem, "backward")),
+        "cluster_size": ("int", size),
         "warpgroups": ("bool", True),
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
@@ -150,7 +160,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     steps = [_prepare_step(problem, device, config, tile)]
     if dq_tile is not None:
         steps.append(_queries_step(problem, device, config, dq_tile))
-    steps.append(_keys_step(problem, device, config, tile, problem.num_heads // heads))
+    steps.append(_keys_step(problem, device, config, tile, problem.num_heads // heads, size))
     if dq_tile is None:
         dq_bytes = tile_bytes(tile.block_m, tile.columns(head_dim))
         spec = kernel_spec("backward_finish", config, device.portable_arch)
@@ -180,6 +190,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         workspace=workspace,
         section_heads=backward_section_heads(problem, device, accumulates_dq=not tile.split, split_groups=split_groups),
         dq_tile=dq_tile,
+        cluster_size=size,
         split_groups=split_groups,
     )
 
@@ -192,11 +203,12 @@ def _prepare_step(problem: Problem, device: DeviceInfo, config: Config, tile: Ba
 
 
 def _keys_step(
-    problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow, num_heads: int
+    problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow, num_heads: int, cluster_size: int
 ) -> Step:
     spec = kernel_spec(tile.entry, config, device.arch)
     tiles = num_blocks(problem.layout.seqlen_k, tile.block_n) * num_heads * problem.layout.batch
-    grid = min(device.sm_count, tiles) if tile.persistent else tiles
+    most = device.sm_count // cluster_size * cluster_size
+    grid = min(most, tiles) if tile.persistent else tiles
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
     boxes |= {"dk": WARPGROUP_ROWS, "dv": WARPGROUP_ROWS}

@@ -21,6 +21,7 @@ PACKED_HEADS = (1, 2, 4, 8)
 # Blocks of queries; of groups half under a mask that cuts to the right, else a quarter. On an H100, D 128: gains 12 to
 # 25 % at 512, 0 to 2 % at 4096, would lose 2 % at 8192. Groups of 8 gain 4 % at 2048 causal, would lose 4 % full.
 FIRST_STORES_BLOCKS = 64
+CLUSTERS_PAY = 1.02  # of a head's query blocks: clusters with an idle half cost what the others save (unmeasured)
 PACKING_PAYS = 0.75  # of the rows that tiles of one head compute: 0.67 and 0.5 of them gave 1.5 and 1.3 times the speed
 
 
@@ -56,6 +57,10 @@ class ForwardRow:
         Eighths of the exponentials that stand before the wait for the output's product; 0 leaves it to the compiler.
     reason : str
         The measurement that chose the row.
+    cluster_size : int
+        Thread blocks that share the copies of keys and values, where there are tiles for them.
+    early_draws : int
+        Philox calls, for eight scores of a thread each, that dropout makes while the tensor cores are at the scores.
     """
 
     head_dim: int
@@ -71,6 +76,8 @@ class ForwardRow:
     lazy_rescale: bool
     eighths_before_wait: int
     reason: str
+    cluster_size: int = 1
+    early_draws: int = 0
 
     @property
     def block_m(self) -> int:
@@ -91,6 +98,23 @@ class ForwardRow:
         k_and_v = tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, head_dim_v)
         barriers = 2 * (self.query_stages + 2 * STAGES) * BARRIER_BYTES
         return (q + staged if self.out_chunks else max(q, out)) + STAGES * k_and_v + barriers + QUEUE_BYTES
+
+    def clusters(self, group_size: int, query_blocks: int) -> tuple[int, int]:
+        """Choose how many thread blocks share keys and values, and whether they have heads of a group or query blocks.
+
+        Heads of a group see the same keys; neighbouring query blocks nearly the same. Returns the size of a cluster and
+        the heads (or packs of them) in it. ``query_blocks`` are those of a head, ``group_size`` its group's heads.
+
+        >>> from dataclasses import replace
+        >>> row = replace(forward_row(256, 256, 8192, causal=False, extras=0), cluster_size=2)
+        >>> row.clusters(8, 64), row.clusters(1, 64), row.clusters(1, 3)
+        ((2, 2), (2, 1), (1, 1))
+        """
+        size = self.cluster_size
+        if group_size % size == 0:
+            return size, size
+        pays = -(-query_blocks // size) * size <= CLUSTERS_PAY * query_blocks
+        return (size, 1) if pays else (1, 1)
 
     def describe(self) -> str:
         schedule = [f"{self.num_consumers} consumer warpgroups"]
@@ -120,6 +144,9 @@ class BackwardRow:
         A CTA a multiprocessor goes from tile to tile, and loads the next one's operands meanwhile; else a CTA a tile.
     reason : str
         The measurement that chose the row.
+    cluster_size : int
+        Thread blocks, on neighbouring blocks of keys, that share the copies of q and dout where the blocks go into
+        clusters.
     """
 
     head_dim: int
@@ -128,6 +155,7 @@ class BackwardRow:
     split_groups_from: int | None
     reason: str
     persistent: bool = True
+    cluster_size: int = 1
 
     entry = "backward_sm90"
     num_consumers = 2
@@ -157,6 +185,10 @@ class BackwardRow:
         costs the more the longer that takes.
         """
         return -(-queries // self.block_m) <= FIRST_STORES_BLOCKS // (1 if heads == 1 else 2 if causal else 4)
+
+    def clusters(self, key_blocks: int, *, window_left: bool) -> int:
+        """Choose how many thread blocks share q and dout. Where masks cut to the left, registers would spill."""
+        return 1 if window_left or key_blocks % self.cluster_size else self.cluster_size
 
     def splits_groups(self, group_size: int, seqlen_q: int, *, causal: bool) -> bool:
         """Whether tiles take single query heads: more and shorter ones, so that unequal ones end together."""
@@ -191,6 +223,9 @@ class KeysRow:
     block_n = WARPGROUP_ROWS
     num_warps = 8  # of the preparation
     threads = WARPGROUP_THREADS * 3
+
+    def clusters(self, key_blocks: int, *, window_left: bool) -> int:
+        return 1
 
     def splits_groups(self, group_size: int, seqlen_q: int, *, causal: bool) -> bool:
         return False

@@ -14,8 +14,11 @@
 // Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the registers as left operands of dV = P^T dO and
 // dK = dS^T Q. Only dQ = dS K needs the dS of both warpgroups, through shared memory: each computes half of dQ, the columns of
 // one 64-column chunk (block_m 64) or 64 rows (block_m 128).
+//
+// The CTAs of a cluster have neighbouring key blocks: every q and dout comes from L2 once for all of them.
 #include "arch/sm90.cuh"
 #include "tile/absent.cuh"
+#include "tile/dq_start.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gradient.cuh"
 #include "tile/mask.cuh"
@@ -41,8 +44,10 @@ constexpr int kQueryBytes = tile::tile_bytes(kBlockM, Config::head_dim), kDoutBy
 constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueBytes = tile::tile_bytes(kBlockN, Config::head_dim_v);
 using Keys = tile::Pipeline<1, kKeyBytes>;
 using Values = tile::Pipeline<1, kValueBytes>;
-using Queries = tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes>;
-using Douts = tile::Pipeline<2, kDoutBytes, kDoutBytes + kStatisticBytes>;
+constexpr int kCtas = Config::cluster_size;
+using Queries = tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes, kCtas>;
+using Douts = tile::Pipeline<2, kDoutBytes, kDoutBytes + kStatisticBytes, kCtas>;
+using TileQueue = tile::TileQueue<kCtas>;
 constexpr int kDsBytes = Config::with_dq ? tile::tile_bytes(kBlockM, kBlockN) : 0;
 constexpr int kDqHalf = kBlockM * Config::head_dim / kConsumers;  // floats of dq of a consumer
 constexpr int kDqBytes = Config::with_dq ? kConsumers * kDqHalf * static_cast<int>(sizeof(float)) : 0;
@@ -55,7 +60,7 @@ struct Shared {
   Queries q;
   Douts dout;
   SharedAddress ds, dq, out, statistics;
-  tile::TileQueue queue;
+  TileQueue queue;
   SharedAddress copied;  // barrier: all queries of a tile are on their way
 
   DEVICE Shared() {
@@ -72,7 +77,7 @@ struct Shared {
     q.barriers = v.barriers + Values::kBarriersBytes;
     dout.barriers = q.barriers + Queries::kBarriersBytes;
     queue.slots = dout.barriers + Douts::kBarriersBytes;
-    copied = queue.slots + tile::TileQueue::kBytes;
+    copied = queue.slots + TileQueue::kBytes;
   }
   DEVICE SharedAddress row_lse(uint32 use) const { return statistics + use % 2 * kStatisticBytes; }
   DEVICE SharedAddress row_delta(uint32 use) const { return statistics + (2 + use % 2) * kStatisticBytes; }
@@ -84,15 +89,15 @@ struct Shared {
 constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBarrier = 6, kClearBarrier = 8;
 constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads = arch::kWarpgroupSize + kWarpSize;
 
-using Work = tile::KeyWork<Config, kBlockM, kBlockN, Config::split_groups>;
+using Work = tile::KeyWork<Config, kBlockM, kBlockN, Config::split_groups, kCtas>;
 
 // One thread: says which tile is next, and copies its k and v when those of the tile before have been read.
 DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared) {
   const BackwardParams& common = params.common;
-  int index = tile::TileQueue::draw_in_order(common.tile_counter, common.num_tiles);
+  int index = TileQueue::draw_in_order(common.tile_counter, common.num_tiles);
 #pragma unroll 1
   for (uint32 round = 0;; ++round) {
-    shared.queue.push(round, index);
+    index = shared.queue.share(round, index);
     if (index >= common.num_tiles) break;
     const tile::TileIndex at = Work::tile_of(common.shape, index);
     const int kv_head = Work::kv_head_of(common.shape, at);
@@ -101,8 +106,8 @@ DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared)
     const SharedAddress v_barrier = shared.v.begin_fill(round);
     tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.data, params.v, v_barrier, at.block * kBlockN, kv_head, at.batch);
     // Two steps before the tile's end at most: drawn at its beginning, the longest tiles would fall to the CTAs with the longest.
-    arch::barrier_wait(shared.copied, round & 1);
-    index = tile::TileQueue::draw_in_order(common.tile_counter, common.num_tiles);
+    if (TileQueue::draws()) arch::barrier_wait(shared.copied, round & 1);  // the queries of other CTAs can be a phase ahead of it
+    index = TileQueue::draw_in_order(common.tile_counter, common.num_tiles);
   }
 }
 
@@ -121,10 +126,12 @@ DEVICE void produce_queries(const BackwardSm90Params& params, const Shared& shar
         const int row = here.block * kBlockM;
         const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
         const SharedAddress q_barrier = shared.q.begin_fill(use);
-        tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
+        tile::copy_tile_to_cluster<kBlockM, Config::head_dim, kCtas>(shared.q.stage(use), params.q, q_barrier, row, here.head,
+                                                                     work.batch, use);
         arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
         const SharedAddress dout_barrier = shared.dout.begin_fill(use);
-        tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
+        tile::copy_tile_to_cluster<kBlockM, Config::head_dim_v, kCtas>(shared.dout.stage(use), params.dout, dout_barrier, row,
+                                                                       here.head, work.batch, use + 1);
         arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
       }
       arch::barrier_arrive(shared.copied);
@@ -132,32 +139,6 @@ DEVICE void produce_queries(const BackwardSm90Params& params, const Shared& shar
     arch::warp_barrier();  // the other lanes wait here, and not in the next pop, where they would poll against the first
   }
 }
-
-// Where Config::first_stores, the first key block that a query block sees stores its part of dq, and the others wait for that before
-// they add theirs: no accumulator is cleared, nor read from memory before it has anything. CTAs take tiles in the order of their key
-// blocks, so whoever is waited for is at work.
-struct DqStart {
-  bool is_mine = false;
-  int* begun = nullptr;
-
-  DEVICE DqStart(const BackwardParams& params, const Work& work, const tile::Band<Config>& band, const tile::QueryCursor& here) {
-    if constexpr (Config::first_stores) {
-      is_mine = band.template first_key_block<kBlockN>(here.block * kBlockM) == work.n_block;
-      begun = tile::turn_of<Config>(params, work.batch, here.head, here.block);
-    }
-  }
-  DEVICE void wait() const {
-    if (!Config::first_stores || is_mine) return;
-    arch::wait_for_turn(begun, 1);
-    arch::fence_async_proxy_global();
-  }
-  DEVICE void announce() const {
-    if (!is_mine) return;
-    arch::copy_to_global_wait();
-    arch::fence_async_proxy_global();
-    arch::pass_turn(begun, 1);
-  }
-};
 
 // One warp: adds the halves of dq as they come.
 DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
@@ -170,9 +151,10 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
     const tile::Band<Config> band(params.shape, tile::Sequence(params.shape, work.batch));
 #pragma unroll 1
     for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here)) {
+      if (!work.is_seen(band, here)) continue;
       float* accumulator = params.dq_accum + tile::statistic_offset(params.shape, work.batch, here.head, params.padded_seqlen_q,
                                                                     here.block * kBlockM) * Config::head_dim;
-      const DqStart start(params, work, band, here);
+      const tile::DqStart<Config, Work> start(params, work, band, here);
       if (leader) start.wait();
 #pragma unroll
       for (int consumer = 0; consumer < kConsumers; ++consumer) {
@@ -215,7 +197,8 @@ constexpr int kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 DEVICE void clear_absent_keys(const Shared& shared, const Work& work, int used, int allocated) {
   if constexpr (Config::used_keys && Config::with_dq) {
     const tile::AbsentRows<kBlockN> absent(work.n_block * kBlockN, used, allocated);
-    if (!absent.exist() || work.is_empty()) return;
+    const bool is_all_absent = kCtas > 1 && absent.begin < 0;  // beside keys of the cluster that are there
+    if (!absent.exist() || work.is_empty() || is_all_absent) return;
     absent.template clear<Config::head_dim, kConsumerThreads>(shared.k.data);
     tile::publish(tile::AtOneBarrier<kConsumerThreads>{kClearBarrier});
   }
@@ -306,15 +289,24 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
     };
 
+    const auto pass_by = [&] {
+      shared.q.wait_full(use);
+      shared.dout.wait_full(use);
+      arch::warp_barrier();  // no lane is left behind in a wait whose phase the leader lets pass
+      if (leader) shared.dout.release(use);
+    };
+    if (!work.is_seen(band, here)) {
+      pass_by();
+      if (leader) shared.q.release(use);
+      decide_dropped(work.next(here));
+      continue;
+    }
     const int used = tile::Sequence(shape, work.batch).seqlen_q;  // worked out anew: a register less through the loop
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, used, shape.seqlen_q,
                                                                   tile::AtOneBarrier<kConsumerThreads>{kClearBarrier});
     if constexpr (kBlind) {
-      if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
-        shared.q.wait_full(use);
-        shared.dout.wait_full(use);
-        arch::warp_barrier();  // no lane is left behind in a wait whose phase the leader lets pass
-        if (leader) shared.dout.release(use);
+      if (!band.template reaches<kBlockM>(query, first_key + group_key)) {
+        pass_by();
         if constexpr (Config::with_dq) {
           const uint32 no_ds[kSize / 2] = {};
           tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, no_ds);
@@ -460,7 +452,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
 
 }  // namespace
 
-KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
+CLUSTER_KERNEL(kThreads, 1, kCtas) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
   const Shared shared;
   if (arch::thread_index() == 0) {
     shared.k.init(1);
@@ -475,7 +467,8 @@ KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
     arch::prefetch(params.v);
     arch::prefetch(params.dout);
   }
-  arch::block_barrier();
+  if (kCtas == 1) arch::block_barrier();
+  else arch::cluster_barrier();
   const int warpgroup = arch::warpgroup_index();
   if (warpgroup == 0) {
     arch::lower_registers<kProducerRegisters>();
@@ -489,4 +482,5 @@ KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
     arch::raise_registers<kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);
   }
+  if (kCtas > 1) arch::cluster_barrier();  // others may have yet to arrive at this CTA's barriers
 }

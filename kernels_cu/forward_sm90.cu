@@ -7,6 +7,9 @@
 // Where a head has few queries, a tile holds those of several heads that share their keys: the rows of one head after the other,
 // so that a slab belongs to one head and everything that depends on the head is the same for all of it.
 //
+// The CTAs of a cluster have tiles with the same keys, of neighbouring query blocks or of neighbouring heads of a group: every key
+// block comes from L2 once for all of them. They stay in step, and let pass what only the other needs.
+//
 // A consumer keeps scores, probabilities and output in registers. It starts the scores of the next key block before the product
 // of the present probabilities with v, so that the tensor cores work while it exponentiates.
 #include "arch/sm90.cuh"
@@ -29,6 +32,8 @@ constexpr int kConsumers = Config::num_consumers;
 constexpr int kBlockM = kConsumers * tile::kWarpgroupRows, kBlockN = Config::block_n;
 constexpr int kQueries = kBlockM / Config::packed_heads;  // of each head of a tile
 constexpr int kGroupQueries = kQueries < tile::kWarpgroupRows ? kQueries : tile::kWarpgroupRows;  // of a head of a warpgroup
+constexpr int kCtas = Config::cluster_size;
+constexpr int kClusterBlocks = kCtas / Config::cluster_heads;  // of queries
 static_assert(kQueries % tile::kSlabRows == 0 && (kQueries % tile::kWarpgroupRows == 0 || tile::kWarpgroupRows % kQueries == 0),
               "slabs belong to one head, and warpgroups to whole heads or to parts of one");
 // The head and the query of a row of a tile, counted from the tile's first.
@@ -44,8 +49,10 @@ constexpr bool kOwnOut = Config::out_chunks > 0;
 constexpr int kOutChunks = kOwnOut ? Config::out_chunks : tile::chunks(Config::head_dim_v);  // staged at a time
 
 using Queries = tile::Pipeline<Config::query_stages, tile::tile_bytes(kBlockM, Config::head_dim)>;
-using Keys = tile::Pipeline<2, tile::tile_bytes(kBlockN, Config::head_dim)>;
-using Values = tile::Pipeline<2, tile::tile_bytes(kBlockN, Config::head_dim_v)>;
+constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueBytes = tile::tile_bytes(kBlockN, Config::head_dim_v);
+using Keys = tile::Pipeline<2, kKeyBytes, kKeyBytes, kCtas>;
+using Values = tile::Pipeline<2, kValueBytes, kValueBytes, kCtas>;
+using TileQueue = tile::TileQueue<kCtas>;
 
 constexpr int kOutBytes = kOutChunks * kBlockM * tile::kChunkRowBytes;
 constexpr int kQueryBytes = kOwnOut || Queries::kBytes > kOutBytes ? Queries::kBytes : kOutBytes;
@@ -70,7 +77,7 @@ struct Shared {
   SharedAddress out;
   Keys k;
   Values v;
-  tile::TileQueue queue;
+  TileQueue queue;
 
   DEVICE Shared() {
     q.data = arch::shared_base();
@@ -84,38 +91,48 @@ struct Shared {
   }
 };
 
-// Tiles in the order in which CTAs take them: longest first where they differ in length. `head` is a tile's first.
+// Tiles in the order in which CTAs take them, those of a cluster counted as one: longest first where they differ in length. `head` is
+// a tile's first.
+constexpr int kClusterHeads = Config::cluster_heads * Config::packed_heads;
 DEVICE int num_tiles(const Shape& shape) {
-  return tile::ceil_divide(shape.seqlen_q, kQueries) * (shape.num_heads / Config::packed_heads) * shape.batch;
+  return tile::ceil_divide(shape.seqlen_q, kClusterBlocks * kQueries) * (shape.num_heads / kClusterHeads) * shape.batch;
 }
 DEVICE tile::TileIndex tile_of(const Shape& shape, int index) {
-  constexpr int kHeads = Config::packed_heads;
-  const tile::TileIndex at =
-      tile::query_tile_of<Config>(shape, index, kQueries, shape.num_heads / kHeads, shape.section_heads / kHeads);
-  return {at.block, at.head * kHeads, at.batch};
+  const tile::TileIndex at = tile::query_tile_of<Config>(shape, index, kClusterBlocks * kQueries, shape.num_heads / kClusterHeads,
+                                                         shape.section_heads / kClusterHeads);
+  const int block = kClusterBlocks == 1 ? at.block : at.block * kClusterBlocks + arch::cluster_rank<kCtas>();
+  const int pack = Config::cluster_heads == 1 ? at.head : at.head * Config::cluster_heads + arch::cluster_rank<kCtas>();
+  return {block, pack * Config::packed_heads, at.batch};
+}
+// What is loaded for a tile, and for the others of its cluster.
+DEVICE tile::Range loaded_blocks(const tile::Band<Config>& band, int block) {
+  constexpr int kClusterQueries = kClusterBlocks * kQueries;
+  return band.template key_blocks<kClusterQueries, kBlockN>(block / kClusterBlocks * kClusterQueries);
 }
 
 // One thread: keys one block ahead of values, which are needed later; the next tile's first buffers as soon as they are free.
 DEVICE void produce(const ForwardSm90Params& params, const Shared& shared) {
   const int tiles = num_tiles(params.shape);
   uint32 use = 0, query_use = 0;  // keys and values are used in step
-  int index = arch::block_index();
+  int index = TileQueue::first_tile();
 #pragma unroll 1
   for (uint32 round = 0;; ++round) {
-    shared.queue.push(round, index);
+    index = shared.queue.share(round, index);
     if (index >= tiles) break;
     const tile::TileIndex at = tile_of(params.shape, index);
     const tile::Band<Config> band(params.shape, tile::Sequence(params.shape, at.batch));
-    const tile::Range blocks = band.template key_blocks<kQueries, kBlockN>(at.block * kQueries);
+    const tile::Range blocks = loaded_blocks(band, at.block);
     const int kv_head = at.head / params.shape.group_size;
 
     const auto copy_keys = [&](uint32 use, int n_block) {
       const SharedAddress barrier = shared.k.begin_fill(use);
-      tile::copy_tile<kBlockN, Config::head_dim>(shared.k.stage(use), params.k, barrier, n_block * kBlockN, kv_head, at.batch);
+      tile::copy_tile_to_cluster<kBlockN, Config::head_dim, kCtas>(shared.k.stage(use), params.k, barrier, n_block * kBlockN,
+                                                                   kv_head, at.batch, use);
     };
     const auto copy_values = [&](uint32 use, int n_block) {
       const SharedAddress barrier = shared.v.begin_fill(use);
-      tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.stage(use), params.v, barrier, n_block * kBlockN, kv_head, at.batch);
+      tile::copy_tile_to_cluster<kBlockN, Config::head_dim_v, kCtas>(shared.v.stage(use), params.v, barrier, n_block * kBlockN,
+                                                                     kv_head, at.batch, use);
     };
     int n_block = blocks.end - 1;
     if (n_block >= blocks.begin) copy_keys(use, n_block);
@@ -131,9 +148,9 @@ DEVICE void produce(const ForwardSm90Params& params, const Shared& shared) {
       copy_keys(use + 1, n_block - 1);
       copy_values(use, n_block);
     }
-    const int drawn = tile::TileQueue::draw(params.tile_counter);
+    const int drawn = TileQueue::draw(params.tile_counter);
     if (n_block == blocks.begin) copy_values(use++, n_block);
-    index = tile::TileQueue::tile_of(drawn, params.tile_counter, tiles);
+    index = TileQueue::tile_of(drawn, params.tile_counter, tiles);
   }
 }
 
@@ -152,6 +169,9 @@ struct Turns {
     if (Config::ping_pong) arch::named_barrier_arrive(1 + (consumer + 1) % kConsumers, 2 * arch::kWarpgroupSize);
   }
 };
+
+// Dropout takes as many instructions as the softmax. What registers allow of it is drawn while the tensor cores are at the scores.
+constexpr int kEarlyDraws = Config::dropout && !Config::softcap ? Config::early_draws : 0;
 
 constexpr int kClearBarrier = 4;  // all consumers: values of absent keys are zeros
 constexpr int kStoreBarrier = 8;  // + consumer: the output of a warpgroup is staged
@@ -193,11 +213,11 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
     const float unit = modifier.unit();
     const int first_query = at.block * kQueries + query_of(group_row);
     const int query = first_query + query_of(warp_in_group * tile::kSlabRows);
-    const tile::Range loaded = band.template key_blocks<kQueries, kBlockN>(at.block * kQueries);
+    const tile::Range loaded = loaded_blocks(band, at.block);
     tile::Range blocks = band.template key_blocks<kGroupQueries, kBlockN>(first_query);
     const tile::Range whole = band.template whole_blocks<kGroupQueries, kBlockN>(first_query);
     if (blocks.begin == blocks.end) blocks = {loaded.begin, loaded.begin};
-    // Lets blocks pass by that only the other warpgroups need.
+    // Lets blocks pass by that only other warpgroups need.
     const auto skip = [&](int num_blocks) {
 #pragma unroll 1
       for (; num_blocks > 0; --num_blocks, ++use) {
@@ -223,10 +243,10 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       modifier.template shift<QueryRows>(scores, query, n_block * kBlockN, sequence.offset);
       if constexpr (decltype(cut)::value) band.template select<QueryRows>(scores, -arch::infinity(), query, n_block * kBlockN);
     };
-    const auto drop = [&](auto& scores, int n_block) {
+    const auto drop = [&](auto& scores, int n_block, const auto& draws) {
       if constexpr (Config::dropout)
-        dropout.template for_each<QueryRows, sizeof(scores) / sizeof(float)>(
-            query, n_block * kBlockN, [&](int i, bool kept) { scores[i] = kept ? scores[i] : 0.f; });
+        dropout.template for_each<sizeof(scores) / sizeof(float)>(
+            draws, query, n_block * kBlockN, [&](int i, bool kept) { scores[i] = kept ? scores[i] : 0.f; });
     };
     const auto rescale_out = [&] {
       if (!Config::lazy_rescale || arch::any(rescale[0] < 1.f || rescale[1] < 1.f)) tile::scale_rows(out, rescale);
@@ -242,6 +262,12 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       shared.v.wait_full(use);
       tile::start_registers<Element, Config::head_dim_v, kBlockN>(out, probabilities, shared.v.stage(use));
       turns.pass();
+      tile::Draws<kEarlyDraws> draws;
+      if constexpr (kEarlyDraws > 0) {
+        dropout.draw(draws, query, n_block * kBlockN);
+        arch::pin(draws.word);
+        arch::product_wait_here<1>(shape.num_heads);
+      }
       arch::product_wait<1>();
       arch::pin(scores);
       if (leader) shared.k.release(use + 1);
@@ -266,7 +292,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       arch::pin(probabilities);
       if (leader) shared.v.release(use);
       ++use;
-      drop(scores, n_block);
+      drop(scores, n_block, draws);
       tile::to_operand<Element>(probabilities, scores);
       if constexpr (Config::head_dim_v <= 128) rescale_out();
     };
@@ -286,7 +312,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       if (kOwnOut && (leader & (n_block == blocks.begin))) shared.q.release(query_use);
       modify(scores, n_block, True{});
       tile::online_softmax(scores, state, unit, rescale);
-      drop(scores, n_block);
+      drop(scores, n_block, tile::Draws<0>());
       uint32 visible[kKeys / 4];
       tile::to_operand<Element>(visible, scores);
 #pragma unroll
@@ -360,7 +386,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
 
 }  // namespace
 
-KERNEL(kThreads, 1) forward_sm90(GRID_CONSTANT ForwardSm90Params params) {
+CLUSTER_KERNEL(kThreads, 1, kCtas) forward_sm90(GRID_CONSTANT ForwardSm90Params params) {
   const Shared shared;
   if (arch::thread_index() == 0) {
     shared.q.init(kReaders);
@@ -373,7 +399,8 @@ KERNEL(kThreads, 1) forward_sm90(GRID_CONSTANT ForwardSm90Params params) {
     arch::prefetch(params.v);
     arch::prefetch(params.out);
   }
-  arch::block_barrier();
+  if (kCtas == 1) arch::block_barrier();
+  else arch::cluster_barrier();
   const int warpgroup = arch::warpgroup_index();
   if (warpgroup == 0) {
     arch::lower_registers<kProducerRegisters>();
@@ -382,4 +409,5 @@ KERNEL(kThreads, 1) forward_sm90(GRID_CONSTANT ForwardSm90Params params) {
     arch::raise_registers<kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);
   }
+  if (kCtas > 1) arch::cluster_barrier();  // others may have yet to arrive at this CTA's barriers
 }

@@ -24,6 +24,14 @@ DEVICE int block_index() {
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   return index;
 }
+// Of a CTA in its cluster of kCtas, which only sm_90a has: arch/sm90.cuh. Volatile for the same reason.
+template <int kCtas>
+DEVICE int cluster_rank() {
+  if constexpr (kCtas == 1) return 0;
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int lane_index() { return threadIdx.x % kWarpSize; }  // one-dimensional blocks
 DEVICE int warp_index() { return threadIdx.x / kWarpSize; }

@@ -9,6 +9,27 @@ constexpr int kWarpgroupSize = 128;
 
 DEVICE int warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0); }
 
+// ---- clusters: CTAs that run at the same time and reach each other's shared memory ----------------------------------------------
+
+#define CLUSTER_KERNEL(threads, min_blocks, size) \
+  extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, min_blocks)
+
+// All threads of all CTAs of the cluster. Passes on barriers that were initialised and fenced, and not what was written.
+DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// An address in the shared memory of any CTA of the cluster.
+struct ClusterAddress {
+  uint32 value;
+};
+// The same place in the shared memory of another CTA.
+DEVICE ClusterAddress in_cta(SharedAddress address, int rank) {
+  ClusterAddress there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there.value) : "r"(address), "r"(rank));
+  return there;
+}
+
 // ---- mbarriers: 8 bytes of shared memory; a phase ends when all arrivals and all announced bytes have come -----------------------
 
 DEVICE void barrier_init(SharedAddress barrier, int arrivals) {
@@ -30,6 +51,20 @@ DEVICE void barrier_wait(SharedAddress barrier, uint32 parity) {
       "r"(parity)
       : "memory");
 }
+// At a barrier of any CTA of the cluster: says that reads have ended. To pass on writes as well it would have to release at the
+// cluster's scope, which is a fence of all memory (MEMBAR.ALL.GPU) before every arrival.
+DEVICE void barrier_arrive(ClusterAddress barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier.value) : "memory");
+}
+DEVICE void barrier_arrive_expecting(ClusterAddress barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier.value), "r"(bytes) : "memory");
+}
+// Stores a word in any CTA of the cluster, and completes its four bytes at a barrier there.
+DEVICE void send(ClusterAddress address, uint32 value, ClusterAddress barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address.value), "r"(value),
+               "r"(barrier.value)
+               : "memory");
+}
 
 // Barriers of the hardware by number, 1 to 15 (0 is the block barrier), for `threads` threads, arriving or waiting.
 DEVICE void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -46,6 +81,15 @@ DEVICE void copy_box_to_shared(SharedAddress shared, const TensorMap& map, Share
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
           shared),
       "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+// To this place of every CTA of the cluster whose bit is set in `ranks`; each completes the bytes at its own barrier.
+DEVICE void copy_box_to_cluster(SharedAddress shared, const TensorMap& map, SharedAddress barrier, int column, int row, int head,
+                                int batch, uint32 ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5, "
+      "%6}], [%2], %7;" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "h"(static_cast<unsigned short>(ranks))
       : "memory");
 }
 DEVICE void copy_box_to_global(const TensorMap& map, SharedAddress shared, int column, int row, int head, int batch) {
@@ -122,14 +166,16 @@ template <int kPending>
 DEVICE void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Waits for all groups, at this place in the instruction order. ptxas moves a bare wait up across arithmetic; it cannot move one
-// that stands behind a branch. `not_negative` is a run-time value that the compiler cannot know: the branch is never taken.
+// The same at this place in the instruction order. ptxas moves a bare wait up across arithmetic; it cannot move one that stands
+// behind a branch. `not_negative` is a run-time value that the compiler cannot know: the branch is never taken.
+template <int kPending = 0>
 DEVICE void product_wait_here(int not_negative) {
   asm volatile(
-      "{\n.reg .pred skip;\nsetp.lt.s32 skip, %0, 0;\n@skip bra SKIP_%=;\nwgmma.wait_group.sync.aligned 0;\nSKIP_%=:\n}" ::"r"(
-          not_negative)
+      "{\n.reg .pred skip;\nsetp.lt.s32 skip, %0, 0;\n@skip bra SKIP_%=;\nwgmma.wait_group.sync.aligned %1;\nSKIP_%=:\n}" ::"r"(
+          not_negative),
+      "n"(kPending)
       : "memory");
-  product_wait<0>();
+  product_wait<kPending>();
 }
 // Pins registers: ordinary reads and writes stay on their side of the product that uses them.
 template <int kSize>

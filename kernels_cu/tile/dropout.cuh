@@ -36,6 +36,12 @@ struct Dropped {
   DEVICE float mark(int i, float probability) const { return arch::with_sign(probability, word[i / 32] << (31 - i % 32)); }
 };
 
+// What Philox says of a slab's first elements, for later than it is asked.
+template <int kCalls>
+struct Draws {
+  uint32 word[kCalls > 0 ? 4 * kCalls : 1];
+};
+
 struct Dropout {
   uint32 seed_low, seed_high, offset, batch_head;
   uint32 threshold;  // in the upper half: a word is compared whole for its high score, shifted for its low one
@@ -57,6 +63,11 @@ struct Dropout {
   // Calls visit(i, keep) for every element of a slab whose first score is (query, key), both multiples of 16.
   template <class Orientation, int kSize, class Visitor>
   DEVICE void for_each(int query, int key, Visitor visit) const;
+  // The same for slabs of query rows, in two steps: the first calls of Philox, and later the rest of them with all that they decide.
+  template <int kCalls>
+  DEVICE void draw(Draws<kCalls>& draws, int query, int key) const;
+  template <int kSize, int kCalls, class Visitor>
+  DEVICE void for_each(const Draws<kCalls>& draws, int query, int key, Visitor visit) const;
 
   template <class Orientation, int kSize>
   DEVICE void decide(Dropped<kSize>& dropped, int query, int key) const {
@@ -73,20 +84,22 @@ struct DropoutPattern;
 template <>
 struct DropoutPattern<QueryRows> {
   // Element 8t + 4b + 2h + p: key 8b + p (and the lane's), query 8h. Word 2p + b, half h.
-  template <int kSize, class Visitor>
-  static DEVICE void for_each(const Dropout& dropout, int query, int key, Visitor visit) {
-    const uint32 query_group = query / 2 + lane_row();
-    const uint32 key_group = key / 4 + arch::lane_index() % 4;
+  static DEVICE Random random(const Dropout& dropout, int query, int key, int t) {
+    return dropout.random(query / 2 + lane_row(), key / 4 + arch::lane_index() % 4 + 4 * t);
+  }
+  template <class Visitor>
+  static DEVICE void visit(const Dropout& dropout, const uint32* word, int t, Visitor visit) {
 #pragma unroll
-    for (int t = 0; t < kSize / 8; ++t) {
-      const Random random = dropout.random(query_group, key_group + 4 * t);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const int parity = w / 2, block = w % 2;
-        visit(8 * t + 4 * block + parity, dropout.keeps_low(random.word[w]));
-        visit(8 * t + 4 * block + 2 + parity, dropout.keeps_high(random.word[w]));
-      }
+    for (int w = 0; w < 4; ++w) {
+      const int parity = w / 2, block = w % 2;
+      visit(8 * t + 4 * block + parity, dropout.keeps_low(word[w]));
+      visit(8 * t + 4 * block + 2 + parity, dropout.keeps_high(word[w]));
     }
+  }
+  template <int kSize, class Visitor>
+  static DEVICE void for_each(const Dropout& dropout, int query, int key, Visitor visitor) {
+#pragma unroll
+    for (int t = 0; t < kSize / 8; ++t) visit(dropout, random(dropout, query, key, t).word, t, visitor);
   }
 };
 
@@ -121,6 +134,24 @@ struct DropoutPattern<KeyRows> {
 template <class Orientation, int kSize, class Visitor>
 DEVICE void Dropout::for_each(int query, int key, Visitor visit) const {
   DropoutPattern<Orientation>::template for_each<kSize>(*this, query, key, visit);
+}
+
+template <int kCalls>
+DEVICE void Dropout::draw(Draws<kCalls>& draws, int query, int key) const {
+#pragma unroll
+  for (int t = 0; t < kCalls; ++t) {
+    const Random random = DropoutPattern<QueryRows>::random(*this, query, key, t);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) draws.word[4 * t + w] = random.word[w];
+  }
+}
+
+template <int kSize, int kCalls, class Visitor>
+DEVICE void Dropout::for_each(const Draws<kCalls>& draws, int query, int key, Visitor visit) const {
+  using Pattern = DropoutPattern<QueryRows>;
+#pragma unroll
+  for (int t = 0; t < kSize / 8; ++t)
+    Pattern::visit(*this, t < kCalls ? &draws.word[4 * t] : Pattern::random(*this, query, key, t).word, t, visit);
 }
 
 }  // namespace tile

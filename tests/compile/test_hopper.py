@@ -45,7 +45,7 @@ MEASURED_MASKS = MASKS[:2]
 # Added to a kernel: what plan.py reserves is what the kernel lays out.
 LAYOUT = """
 static_assert(kQueryBytes + (kOwnOut ? kOutBytes : 0) + Keys::kBytes + Values::kBytes +
-              Queries::kBarriersBytes + Keys::kBarriersBytes + Values::kBarriersBytes + tile::TileQueue::kBytes
+              Queries::kBarriersBytes + Keys::kBarriersBytes + Values::kBarriersBytes + TileQueue::kBytes
               == {shared_bytes});
 static_assert(kBlockM == {block_m} && kBlockN == {block_n} && kThreads == {threads});
 """

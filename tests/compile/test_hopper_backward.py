@@ -76,7 +76,7 @@ def products(loop: list[str]) -> list[str]:
 LAYOUT = """
 static_assert(kKeyBytes + kValueBytes + Queries::kBytes + Douts::kBytes + 2 * kDsBytes + kDqBytes + kOutBytes +
               4 * kStatisticBytes + Keys::kBarriersBytes + Values::kBarriersBytes + Queries::kBarriersBytes +
-              Douts::kBarriersBytes + tile::TileQueue::kBytes + tile::kBarrierBytes == {shared_bytes});
+              Douts::kBarriersBytes + TileQueue::kBytes + tile::kBarrierBytes == {shared_bytes});
 static_assert(kBlockM == {block_m} && kBlockN == {block_n} && kThreads == {threads});
 """
 

@@ -37,6 +37,11 @@ PADDED_IN_TURN = replace(PADDED, id="padded-in-turn", head_dim=64, seqlen_q=333,
 PACKED = Case("packed", batch=2, seqlen_q=20, seqlen_k=203, num_heads=8, num_kv_heads=2, head_dim=128, alibi="head")
 
 forward_bug = partial(Bug, entry="forward_sm90", arch="sm_90a", case=TILES)
+# Clusters of two heads of a group, and of two blocks of queries.
+CLUSTER = {"arch": "sm_90a", "row": (("cluster_size", 2),)}
+clustered = partial(Bug, entry="forward_sm90", case=replace(TILES, id="heads-in-clusters"), **CLUSTER)
+NEIGHBOURS = replace(TILES, id="blocks-in-clusters", seqlen_q=500, num_kv_heads=4)
+DRAWN = replace(MANY_KEYS, id="drawn", dropout_p=0.3)
 
 END_OF_OUTPUT = """arch::product_wait<0>();
       arch::pin(out);
@@ -76,7 +81,7 @@ FORWARD_BUGS = [
         before="arch::fence_barrier_init();", after=""),
     forward_bug("barriers used before the block barrier", error=TwinError,
         message="there is no barrier|uses the barrier",
-        before="arch::block_barrier();\n  const int warpgroup", after="const int warpgroup"),
+        before="if (kCtas == 1) arch::block_barrier();\n  else arch::cluster_barrier();\n", after=""),
     forward_bug("missing proxy fence before the output leaves", error=TwinError, message=PROXY,
         before="      arch::fence_async_proxy();\n", after=""),
     forward_bug("wrong stride between chunks of values", error=WrongAnswer,
@@ -119,8 +124,8 @@ FORWARD_BUGS = [
     forward_bug("block ends before its output has left", error=TwinError, message="leaves the kernel without a wait",
         before="  if (arch::thread_index() % arch::kWarpgroupSize == 0) arch::copy_to_global_wait_read();", after=""),
     forward_bug("slot of the tile queue given back by one lane for all", error=TwinError, message=RACE, case=FEW_KEYS,
-        before="arch::warp_barrier();\n    if (arch::lane_index() == 0) arch::barrier_arrive(empty",
-        after="if (arch::lane_index() == 0) arch::barrier_arrive(empty"),
+        before="arch::warp_barrier();\n    if (arch::lane_index() == 0) release(use);",
+        after="if (arch::lane_index() == 0) release(use);"),
     forward_bug("tile counter not reset", error=AssertionError, message="does not leave its tile counter at zero",
         before="if (drawn == num_tiles - 1) *counter = 0;", after=""),
     forward_bug("nobody starts the turns", error=TwinError, message=DEADLOCK, case=IN_TURN,
@@ -177,6 +182,31 @@ FORWARD_BUGS = [
         after="first_query + warp_in_group * tile::kSlabRows"),
     forward_bug("packed heads stored as one", error=WrongAnswer, case=PACKED,
         before="at.head + head_of(row), at.batch", after="at.head, at.batch"),
+    clustered("readers of other blocks not counted", error=TwinError, message=f"{RACE}|one arrival too many",
+        before="kCtas * readers);\n", after="readers);\n"),
+    clustered("buffers given back to the own block alone", error=TwinError, message=DEADLOCK,
+        before="for (int i = 1; i < kCtas; ++i) arch::barrier_arrive(",
+        after="for (int i = 1; i < 1; ++i) arch::barrier_arrive("),
+    clustered("every block copies all of a tile", error=TwinError, message=f"{RACE}|{DEADLOCK}",
+        before="if (static_cast<int>((c + turn) % kCtas) == arch::cluster_rank<kCtas>())", after=""),
+    clustered("parts of a tile come to one block", error=TwinError, message=DEADLOCK,
+        before="kAll = (1u << kCtas) - 1;", after="kAll = 1;"),
+    clustered("barriers used before the cluster's", error=TwinError, message="no barrier of the cluster since",
+        before="else arch::cluster_barrier();", after="else arch::block_barrier();"),
+    clustered("a block leaves before the others are done", error=TwinError, message="the block leaves|has left",
+        before="  if (kCtas > 1) arch::cluster_barrier();", after=""),
+    clustered("keys of one block alone", error=(TwinError, WrongAnswer), case=NEIGHBOURS,
+        before="constexpr int kClusterQueries = kClusterBlocks * kQueries;",
+        after="constexpr int kClusterQueries = kQueries;"),
+    clustered("blocks of a cluster have one tile", error=WrongAnswer, case=NEIGHBOURS,
+        before="at.block * kClusterBlocks + arch::cluster_rank<kCtas>()", after="at.block * kClusterBlocks"),
+    clustered("a tile sent unannounced", error=TwinError, message=f"{RACE}|{DEADLOCK}",
+        before="arch::barrier_arrive_expecting(its_full, sizeof(uint32));", after="arch::barrier_arrive(its_full);"),
+    clustered("own producer counted as a reader of the queue", error=TwinError, message=DEADLOCK,
+        before="kCtas * readers + kCtas - 1", after="kCtas * readers + kCtas"),
+    forward_bug("dropout drawn for the next block", error=WrongAnswer, row=(("early_draws", 4),), case=DRAWN,
+        before="dropout.draw(draws, query, n_block * kBlockN);",
+        after="dropout.draw(draws, query, (n_block + 1) * kBlockN);"),
 ]  # fmt: skip
 
 HALVES = Case("halves", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, causal=True)
@@ -195,7 +225,12 @@ PADDED_BLIND = replace(PADDED_QUERIES, id="padded-blind", causal="top_left", seq
 PADDED_KEYS_ALONE = replace(PADDED_KEYS, id="padded-keys-alone", head_dim=192)
 PADDED_QUERIES_ALONE = replace(PADDED_QUERIES, id="padded-queries-alone", head_dim=192)
 
+# Blocks of keys in clusters; the last one's keys are absent in a sequence that has keys in the one before.
+WITHOUT_KEYS = Case("no-keys-in-clusters", batch=5, seqlen_q=203, seqlen_k=500, seqused_k=(150, 256, 0, 140, 0))
+PADDED_NEIGHBOURS = Case("keys-in-clusters", batch=2, seqlen_q=203, seqlen_k=500, head_dim=128, seqused_k=(333, 500))
+
 backward_bug = partial(Bug, entry="backward_sm90", arch="sm_90a", case=HALVES)
+neighbours = partial(Bug, entry="backward_sm90", case=replace(HALVES, id="diagonal-in-clusters"), **CLUSTER)
 
 BACKWARD_BUGS = [
     backward_bug("missing proxy fence before dS is read", error=TwinError, message=PROXY,
@@ -215,8 +250,8 @@ BACKWARD_BUGS = [
     backward_bug("dS overwritten in flight", error=TwinError, message=UNDER_WAY,
         before="arch::product_wait<0>();\n    arch::pin(dk);", after="arch::pin(dk);"),
     backward_bug("statistics not announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
-        before="tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes>",
-        after="tile::Pipeline<2, kQueryBytes, kQueryBytes>"),
+        before="tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes,",
+        after="tile::Pipeline<2, kQueryBytes, kQueryBytes,"),
     backward_bug("missing proxy fence before dq leaves", error=TwinError, message=PROXY,
         before="arch::fence_async_proxy();\n      arch::named_barrier_arrive(kDqFullBarrier",
         after="arch::named_barrier_arrive(kDqFullBarrier"),
@@ -244,8 +279,8 @@ BACKWARD_BUGS = [
     backward_bug("keys given back while they are read", error=TwinError, message=OVERWRITTEN, case=MANY_TILES,
         before="arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v", after="// k and v"),
     backward_bug("blind where keys are seen", error=WrongAnswer,
-        before="query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key",
-        after="query + sequence.offset + shape.window_right < first_key + group_key + kBlockM"),
+        before="reaches<kBlockM>(query, first_key + group_key)",
+        after="reaches<kBlockM>(query - kBlockM, first_key + group_key)"),
     backward_bug("a blind warpgroup leaves its last dS", error=(TwinError, WrongAnswer),
         before="tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, no_ds);", after=""),
     backward_bug("cut scores not masked", error=WrongAnswer,
@@ -267,7 +302,7 @@ BACKWARD_BUGS = [
         before="select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
         after="select<KeyRows>(part_gradients, 0.f, query, key);"),
     backward_bug("absent keys not cleared", error=WrongAnswer, case=PADDED_KEYS,
-        before="if (!absent.exist() || work.is_empty()) return;", after="return;"),
+        before="if (!absent.exist() || work.is_empty() || is_all_absent) return;", after="return;"),
     backward_bug("absent keys cleared before they arrive", error=TwinError, message=f"{ARRIVING}|{RACE}",
         case=PADDED_KEYS,
         before="shared.k.wait_full(round);", after=""),
@@ -303,6 +338,19 @@ BACKWARD_BUGS = [
         after="add_gradient(common, dv, done, warp_key, 0);"),
     backward_bug("sums of a group not cleared", error=WrongAnswer, **SPLIT, entry="backward_prepare",
         before="tile::GroupSums<Config>::clear", after="if (thread < 0) tile::GroupSums<Config>::clear"),
+    neighbours("queries that are not seen kept", error=TwinError, message=DEADLOCK,
+        before="      if (leader) shared.q.release(use);\n      decide_dropped", after="      decide_dropped"),
+    neighbours("queries that are not seen come from the store warp", error=TwinError, message=DEADLOCK,
+        before="      if (!work.is_seen(band, here)) continue;\n", after=""),
+    neighbours("keys of neighbours one behind the other", error=(TwinError, WrongAnswer),
+        before="at.block * kCtas + arch::cluster_rank<kCtas>()", after="at.block * kCtas"),
+    neighbours("every block waits for its queries", error=TwinError, message=DEADLOCK, case=WITHOUT_KEYS,
+        before="if (TileQueue::draws()) arch::barrier_wait(shared.copied", after="arch::barrier_wait(shared.copied"),
+    neighbours("absent keys beside a neighbour's multiplied", error=(TwinError, WrongAnswer), case=PADDED_NEIGHBOURS,
+        before=" && (!Config::used_keys || key < band.seqlen_k)", after=""),
+    neighbours("absent keys beside a neighbour's cleared", error=TwinError, message="shared access of",
+        case=PADDED_NEIGHBOURS,
+        before="kCtas > 1 && absent.begin < 0", after="false"),
 ]  # fmt: skip
 
 # dq alone: two warpgroups of queries, as many blocks of keys as it takes to come back to a buffer.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cases import Case, poison_unused, select
+from cuflash import tiles_sm90
 from cuflash.dropout import keep_mask
 from cuflash.testing import Arrays, check
 from emulated.emulation import Emulation, Schedule, backward, forward, problem_of
@@ -247,6 +248,56 @@ def test_heads_of_a_group_add_to_sums(case: Case) -> None:
     assert emulation.plan_backward(problem).split_groups
     report = check(run("backward", case, emulation), problem, arrays)
     assert report.ok, f"\n{report}"
+
+
+# Tiles that differ in what they see of what is loaded for their cluster; more of them than there are clusters.
+CLUSTERS = {
+    "heads of a group": ("forward", Case("heads", seqlen_q=203, seqlen_k=333, num_heads=4, head_dim=128, causal=True)),
+    "blocks of queries": ("forward", Case("blocks", seqlen_q=450, seqlen_k=333, head_dim=256, window_size=(150, 40))),
+    "blocks of three consumers": ("forward", Case("three", seqlen_q=380, seqlen_k=450, num_kv_heads=2, causal=True)),
+    "a block past the end": ("forward", Case("past", seqlen_q=333, seqlen_k=333, head_dim=128, causal=True)),
+    "shared output staging": (
+        "forward", Case("192", seqlen_q=203, seqlen_k=450, head_dim=192, dtype="float16", dropout_p=0.2)
+    ),
+    "padded heads": ("forward", Case("used", **_USED, seqlen_q=203, num_heads=4, head_dim=128, causal=True)),
+    "packed heads of a group": (
+        "forward", Case("packed", seqlen_q=20, seqlen_k=333, num_heads=32, num_kv_heads=2, alibi="head")
+    ),
+    "blocks of keys": ("backward", Case("full", seqlen_q=333, seqlen_k=500, head_dim=128)),
+    "blocks of keys on the diagonal": (
+        "backward", Case("causal", seqlen_q=500, seqlen_k=500, num_kv_heads=1, head_dim=128, causal=True, dropout_p=0.2)
+    ),
+    "blocks of keys, dq of 64 columns": ("backward", Case("64", seqlen_q=333, seqlen_k=256, causal=True, batch=2)),
+    "blocks of padded keys": ("backward", Case("padded", **_USED | {"seqlen_k": 500}, seqlen_q=203, head_dim=96)),
+    "blocks of keys, groups split": (
+        "backward",
+        Case("split", seqlen_q=203, seqlen_k=256, num_heads=4, num_kv_heads=2, head_dim=128, causal=True),
+    ),
+}  # fmt: skip
+IN_CLUSTERS = (("cluster_size", 2),)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_clusters_share_what_is_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pass_, case = CLUSTERS[name]
+    monkeypatch.setattr(tiles_sm90, "CLUSTERS_PAY", 2.0)  # a tile may lie past the end
+    tile = IN_CLUSTERS + ((("split_groups_from", 1),) if name.endswith("split") else ())
+    problem = problem_of(case.problem(), case.arrays())
+    for seed in SEEDS:
+        schedule = Schedule(seed, resident_blocks=2 + 2 * seed)
+        emulation = Emulation("sm_90a", sm_count=2 + 2 * (seed % 3), tile=tile, schedule=schedule)
+        assert getattr(emulation, f"plan_{pass_}")(problem).cluster_size == 2
+        report = check(run(pass_, case, emulation), problem, case.arrays())
+        assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("row", ["own output staging", "shared output staging", "two consumers in turn"])
+def test_dropout_is_drawn_early(row: str) -> None:
+    case = replace(FORWARD_ROWS[row], dropout_p=0.2)
+    results = [
+        run("forward", case, replace(emulation_of(case), tile=(("early_draws", draws),))) for draws in (0, 3)
+    ]
+    assert all(results[0][key].tobytes() == results[1][key].tobytes() for key in results[0])
 
 
 @pytest.mark.parametrize("seed", [14, 32, 34])  # schedules under which one barrier for all clears hangs

@@ -52,7 +52,8 @@ class CompilationError(Exception):
 class Schedule:
     """One of the interleavings that the hardware may choose.
 
-    ``resident_blocks`` blocks run interleaved; they start in the order of their index.
+    ``resident_blocks`` blocks run interleaved, or as many more as make clusters whole; they start in the order of
+    their index.
     """
 
     seed: int = 0

@@ -105,7 +105,7 @@ def test_every_kernel_has_a_file_and_an_entry_point():
     assert {spec.entry for spec in specs()} == set(CONFIG_FIELDS)
     for spec in specs():
         text = source.translation_unit(spec)
-        assert re.search(rf"^KERNEL\(.*\) {spec.entry}\(", text, flags=re.MULTILINE)
+        assert re.search(rf"^(CLUSTER_)?KERNEL\(.*\) {spec.entry}\(", text, flags=re.MULTILINE)
         assert not re.search(r"^\s*#\s*include", text, flags=re.MULTILINE)
         assert "#pragma once" not in text
 

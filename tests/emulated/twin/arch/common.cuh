@@ -8,7 +8,10 @@
 #include "params.cuh"
 
 #define DEVICE inline
-#define KERNEL(threads, min_blocks) extern "C" void
+// TWIN_EXPORT reads how many blocks a cluster has.
+#define KERNEL(threads, min_blocks)         \
+  using ClusterShape = twin::ClusterOf<1>; \
+  extern "C" void
 #define GRID_CONSTANT const
 
 using SharedAddress = uint32;
@@ -50,6 +53,10 @@ To bit_cast(const From& from) {
 DEVICE float infinity() { return __builtin_inff(); }
 DEVICE int grid_size() { return twin::grid_size(); }
 DEVICE int block_index() { return twin::block_index(); }
+template <int kCtas>
+DEVICE int cluster_rank() {
+  return twin::cluster_rank();
+}
 DEVICE int thread_index() { return twin::thread_index(); }
 DEVICE int lane_index() { return twin::thread_index() % kWarpSize; }
 DEVICE int warp_index() { return twin::thread_index() / kWarpSize; }

@@ -3,6 +3,10 @@
 
 #include "arch/common.cuh"
 
+#define CLUSTER_KERNEL(threads, min_blocks, size) \
+  using ClusterShape = twin::ClusterOf<size>;     \
+  extern "C" void
+
 namespace arch {
 
 constexpr int kWarpgroupSize = 128;
@@ -17,7 +21,9 @@ DEVICE void barrier_arrive(SharedAddress barrier, Where where = {}) { twin::arri
 DEVICE void barrier_arrive_expecting(SharedAddress barrier, int bytes, Where where = {}) {
   twin::arrive_at_barrier(barrier, bytes, where);
 }
-DEVICE void barrier_wait(SharedAddress barrier, uint32 parity, Where where = {}) { twin::wait_for_phase(barrier, parity, where); }
+DEVICE void barrier_wait(SharedAddress barrier, uint32 parity, Where where = {}) {
+  twin::wait_for_phase(barrier, parity, twin::Scope::kBlock, where);
+}
 
 DEVICE void named_barrier_sync(int id, int threads, Where where = {}) { twin::named_barrier(id, threads, true, where); }
 DEVICE void named_barrier_arrive(int id, int threads, Where where = {}) { twin::named_barrier(id, threads, false, where); }
@@ -54,6 +60,34 @@ DEVICE void copy_to_global_wait_read() {
 DEVICE void copy_to_global_wait() { twin::wait_until_written(); }
 DEVICE void fence_async_proxy_global() {}
 DEVICE void fence_async_proxy() { twin::fence_proxy(); }
+
+// ---- clusters -----------------------------------------------------------------------------------------------------------------------
+
+struct ClusterAddress {
+  uint32 value;
+};
+
+DEVICE void cluster_barrier(Where where = {}) { twin::cluster_barrier(where); }
+DEVICE ClusterAddress in_cta(SharedAddress address, int rank, Where where = {}) {
+  return {twin::address_in_cluster(address, rank, where)};
+}
+DEVICE void barrier_arrive(ClusterAddress barrier, Where where = {}) { twin::arrive_in_cluster(barrier.value, 0, where); }
+DEVICE void barrier_arrive_expecting(ClusterAddress barrier, int bytes, Where where = {}) {
+  twin::arrive_in_cluster(barrier.value, bytes, where);
+}
+DEVICE void barrier_wait_in_cluster(SharedAddress barrier, uint32 parity, Where where = {}) {
+  twin::wait_for_phase(barrier, parity, twin::Scope::kCluster, where);
+}
+DEVICE void store_shared(ClusterAddress address, uint32 value, Where where = {}) {
+  twin::write_shared_in_cluster(address.value, &value, sizeof value, where);
+}
+DEVICE void send(ClusterAddress address, uint32 value, ClusterAddress barrier, Where where = {}) {
+  twin::send_word(address.value, value, barrier.value, where);
+}
+DEVICE void copy_box_to_cluster(SharedAddress shared, const TensorMap& map, SharedAddress barrier, int column, int row, int head,
+                                int batch, uint32 ranks, Where where = {}) {
+  twin::copy_box_to_cluster(shared, &map, barrier, column, row, head, batch, ranks, where);
+}
 
 // ---- registers and matrices ---------------------------------------------------------------------------------------------------------
 
@@ -107,9 +141,10 @@ template <int kPending>
 DEVICE void product_wait(Where where = {}) {
   twin::wait_for_products(kPending, where);
 }
+template <int kPending = 0>
 DEVICE void product_wait_here(int not_negative, Where where = {}) {
   if (not_negative < 0) twin::fail(where, "product_wait_here(%d): a negative value skips the wait", not_negative);
-  twin::wait_for_products(0, where);
+  twin::wait_for_products(kPending, where);
 }
 
 // The order of instructions here is that of the source.

@@ -1,22 +1,15 @@
 // The part of SharedMemory that copies and products go through, in pieces of 16 bytes.
 #include <cstring>
 
-#include "machine/shared_memory.h"
+#include "machine/cluster.h"
 
 namespace twin {
-namespace {
-
-constexpr int kPiece = 16;
-
-int first_piece(uint32_t offset) { return static_cast<int>(offset / kPiece); }
-int end_piece(uint32_t offset, int bytes) { return static_cast<int>((offset + bytes + kPiece - 1) / kPiece); }
-
-}  // namespace
 
 // Ordinary writes from before count as not fenced.
 void SharedMemory::begin_pieces() {
   if (!pieces_.empty() || !detect_races_) return;
-  pieces_.resize((bytes_.size() + kPiece - 1) / kPiece);
+  pieces_.resize(bytes_.size() / kPiece);
+  background_reads_.assign(pieces_.size() * known_.size(), 0);
   for (size_t granule = 0; granule < shadow_.size(); ++granule) {
     const Access& write = shadow_[granule].write;
     if (write.extent == kNobody || shadow_[granule].is_barrier) continue;
@@ -27,21 +20,23 @@ void SharedMemory::begin_pieces() {
   }
 }
 
-void SharedMemory::check_ordered_with_background(const Piece& piece, int thread, const char* verb, int index, Where where) const {
-  if (piece.landings_under_way) fail_background(verb, "is being copied to", piece, index, where);
-  if (piece.reads_under_way) fail_background(verb, "has still to be read", piece, index, where);
+void SharedMemory::check_ordered_with_background(int thread, const char* verb, int index, Where where) const {
+  if (pieces_[index].landings_under_way) fail_background(verb, "is being copied to", index, where);
+  if (pieces_[index].reads_under_way) fail_background(verb, "has still to be read", index, where);
   const Knowledge& known = known_[thread / kLanes];
-  for (int warp = 0; warp < kMaxWarps; ++warp)
-    if (piece.reads[warp] >= known.until[background_of(warp)])
-      fail_background(verb, "was read, with no barrier in between,", piece, index, where);
+  const Time* const reads = &background_reads_[index * known_.size()];
+  for (size_t warp = 0; warp < known_.size(); ++warp)
+    if (reads[warp] >= known.until[background_of(static_cast<int>(warp))])
+      fail_background(verb, "was read, with no barrier in between,", index, where);
 }
 
-void SharedMemory::check_landed(int thread, const char* verb, uint32_t offset, int bytes, Where where) const {
+void SharedMemory::check_landed(int thread, const char* verb, Place place, int bytes, Where where) const {
+  const uint32_t offset = offset_of(place);
   for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
     const Piece& piece = pieces_[index];
-    if (piece.landings_under_way) fail_background(verb, "is being copied to", piece, index, where);
-    if (piece.landed >= known_[thread / kLanes].until[kCopyEngine])
-      fail_background(verb, "was copied to, with no wait for its barrier,", piece, index, where);
+    if (piece.landings_under_way) fail_background(verb, "is being copied to", index, where);
+    if (piece.landed >= known_[thread / kLanes].until[engine_of(place.rank)])
+      fail_background(verb, "was copied to, with no wait for its barrier,", index, where);
   }
 }
 
@@ -50,59 +45,61 @@ void SharedMemory::check_fenced(int index, const char* verb, Where where) const 
   for (int granule = begin; granule < begin + kPiece / kGranule; ++granule) {
     const Access& write = shadow_[granule].write;
     if (write.extent == kNobody) continue;
-    fail(where, "missing proxy fence: this thread %s shared offset %d, which warp %d lane %d wrote at %s:%d", verb, index * kPiece,
-         write.thread / kLanes, write.thread % kLanes, write.file, write.line);
+    fail(where, "missing proxy fence: this thread %s shared offset %s, which %s wrote at %s:%d", verb,
+         name_of_offset(place_of(index * kPiece)).c_str(), name_of_thread(write.thread).c_str(), write.file, write.line);
   }
 }
 
 void SharedMemory::note_ordinary_write(int thread, uint32_t offset, int bytes, Where where) {
   for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
     Piece& piece = pieces_[index];
-    check_ordered_with_background(piece, thread, "writes", index, where);
+    check_ordered_with_background(thread, "writes", index, where);
     piece.was_written = true;
     ++piece.unfenced_writes;
     unfenced_[thread].push_back(index);
   }
 }
 
-void SharedMemory::begin_landing(int thread, uint32_t address, int bytes, Where where) {
+void SharedMemory::begin_landing(int thread, Place place, int bytes, Where where) {
   begin_pieces();
-  unsigned char* to = locate(address, bytes, kPiece, where);
+  unsigned char* to = locate(place, bytes, kPiece, where);
   if (detect_races_) {
-    const uint32_t offset = address - kSharedBase;
+    const uint32_t offset = offset_of(place);
     for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
       Piece& piece = pieces_[index];
-      check_ordered_with_background(piece, thread, "copies to", index, where);
+      check_ordered_with_background(thread, "copies to", index, where);
       if (piece.unfenced_writes) check_fenced(index, "copies to", where);
       piece.was_written = false;
       piece.where = where;
       ++piece.landings_under_way;
     }
-    check_write(thread, offset, bytes, where);
+    // Writes that their threads have fenced have been done: whoever learns that reads after them have ended may copy there.
+    check_write(thread, offset, bytes, where, Kind::kRead);
     for (int granule = first_granule(offset); granule < end_granule(offset, bytes); ++granule) shadow_[granule].write = Access();
   }
   std::memset(to, kPoison, bytes);
 }
 
-void SharedMemory::land(uint32_t address, const void* from, int bytes) {
-  std::memcpy(bytes_.data() + (address - kSharedBase), from, bytes);
+void SharedMemory::land(Place place, const void* from, int bytes) {
+  std::memcpy(bytes_.data() + offset_of(place), from, bytes);
 }
 
-void SharedMemory::end_landing(uint32_t address, int bytes) {
+void SharedMemory::end_landing(Place place, int bytes) {
   if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
+  const uint32_t offset = offset_of(place);
   for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
     --pieces_[index].landings_under_way;
     pieces_[index].landed = clock_;
   }
+  arrived_[place.rank] = {clock_, pieces_[first_piece(offset)].where};
 }
 
-void SharedMemory::begin_background_read(int thread, uint32_t address, int bytes, Where where) {
+void SharedMemory::begin_background_read(int thread, Place place, int bytes, Where where) {
   begin_pieces();
-  locate(address, bytes, kPiece, where);
+  locate(place, bytes, kPiece, where);
   if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
-  check_landed(thread, "starts to read", offset, bytes, where);
+  const uint32_t offset = offset_of(place);
+  check_landed(thread, "starts to read", place, bytes, where);
   for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
     Piece& piece = pieces_[index];
     if (piece.unfenced_writes) check_fenced(index, "starts to read", where);
@@ -110,7 +107,8 @@ void SharedMemory::begin_background_read(int thread, uint32_t address, int bytes
       const int begin = index * kPiece / kGranule;
       for (int granule = begin; granule < begin + kPiece / kGranule; ++granule) {
         const Access& write = shadow_[granule].write;
-        if (!is_ordered(write, thread, granule)) fail_race("starts to read", "was written", write, granule * kGranule, where);
+        if (!is_ordered(write, Kind::kWrite, thread, granule))
+          fail_race("starts to read", "was written", write, granule * kGranule, where);
       }
     }
     piece.where = where;
@@ -118,18 +116,18 @@ void SharedMemory::begin_background_read(int thread, uint32_t address, int bytes
   }
 }
 
-void SharedMemory::end_background_read(int warp, uint32_t address, int bytes) {
+void SharedMemory::end_background_read(int warp, Place place, int bytes) {
   if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
+  const uint32_t offset = offset_of(place);
   for (int index = first_piece(offset); index < end_piece(offset, bytes); ++index) {
     --pieces_[index].reads_under_way;
-    pieces_[index].reads[warp] = clock_;
+    background_reads_[index * known_.size() + warp] = clock_;
   }
   known_[warp].until[background_of(warp)] = ++clock_;
 }
 
-void SharedMemory::peek(uint32_t address, void* to, int bytes) const {
-  std::memcpy(to, bytes_.data() + (address - kSharedBase), bytes);
+void SharedMemory::peek(Place place, void* to, int bytes) const {
+  std::memcpy(to, bytes_.data() + offset_of(place), bytes);
 }
 
 void SharedMemory::fence_proxy(int thread) {
@@ -139,27 +137,28 @@ void SharedMemory::fence_proxy(int thread) {
   unfenced_[thread].clear();
 }
 
-void SharedMemory::make_barrier(int thread, uint32_t address, int bytes, Where where) {
+void SharedMemory::make_barrier(int thread, Place place, int bytes, Where where) {
   begin_pieces();
-  locate(address, bytes, bytes, where);
+  locate(place, bytes, bytes, where);
   if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
+  const uint32_t offset = offset_of(place);
   note_accessor(thread);
   check_write(thread, offset, bytes, where);
   for (int granule = first_granule(offset); granule < end_granule(offset, bytes); ++granule) shadow_[granule].is_barrier = true;
 }
 
-void SharedMemory::check_barrier(int thread, uint32_t address, Where where) {
-  if (!detect_races_) return;
-  const uint32_t offset = address - kSharedBase;
+void SharedMemory::check_barrier(int thread, Place place, Time fenced_at, Where where) {
+  if (!detect_races_ || (fenced_at && fenced_at < cluster_fence_)) return;
+  const uint32_t offset = offset_of(place);
   const int granule = first_granule(offset);
-  if (!is_ordered(shadow_[granule].write, thread, granule))
+  if (!is_ordered(shadow_[granule].write, Kind::kWrite, thread, granule))
     fail_race("uses the barrier", "was made", shadow_[granule].write, offset, where);
 }
 
-void SharedMemory::fail_background(const char* verb, const char* what, const Piece& piece, int index, Where where) const {
-  fail(where, "race: this thread %s shared offset %d, which %s at %s:%d", verb, index * kPiece, what, piece.where.file,
-       piece.where.line);
+void SharedMemory::fail_background(const char* verb, const char* what, int index, Where where) const {
+  const Where earlier = pieces_[index].where;
+  fail(where, "race: this thread %s shared offset %s, which %s at %s:%d", verb, name_of_offset(place_of(index * kPiece)).c_str(),
+       what, earlier.file, earlier.line);
 }
 
 }  // namespace twin

@@ -1,6 +1,6 @@
 #include "machine/barriers.h"
 
-#include "machine/block.h"
+#include "machine/cluster.h"
 
 namespace twin {
 namespace {
@@ -12,15 +12,14 @@ constexpr int kRegistersOfBlock = 65536;
 constexpr int kLargestEntry = 248;  // registers of a thread at the start of a small block
 
 void wake(std::vector<int>& waiting) {
-  for (const int each : waiting) unpark(*block, each);
+  for (const int each : waiting) unpark(each);
   waiting.clear();
 }
 
-Mbarrier& find(uint32_t address, Where where) {
-  const auto found = block->barriers.in_shared_memory.find(address);
-  if (found == block->barriers.in_shared_memory.end())
-    fail(where, "there is no barrier at shared offset %d", static_cast<int>(address - kSharedBase));
-  block->shared.check_barrier(thread, address, where);
+Mbarrier& find(Place place, Where where) {
+  const auto found = cluster->barriers.find(place);
+  if (found == cluster->barriers.end()) fail(where, "there is no barrier at shared offset %s", name_of_offset(place).c_str());
+  cluster->shared.check_barrier(thread, place, found->second.fenced_at, where);
   return found->second;
 }
 
@@ -29,18 +28,20 @@ void end_phase_if_complete(Mbarrier& barrier) {
   ++barrier.phase;
   barrier.missing_arrivals = barrier.arrivals_of_phase;
   barrier.told = barrier.gathered;
-  barrier.gathered = Knowledge();
+  barrier.gathered = Told();
   wake(barrier.waiting);
 }
 
-void arrive(Mbarrier& barrier, uint32_t address, int expected_bytes, Where where) {
+void arrive(Place place, int expected_bytes, Where where) {
+  Mbarrier& barrier = find(place, where);
   if (barrier.missing_arrivals == 0)
-    fail(where, "one arrival too many in a phase of the barrier at shared offset %u, which is for %d", address - kSharedBase,
-         barrier.arrivals_of_phase);
+    fail(where, "one arrival too many in a phase of the barrier at shared offset %s, which is for %d",
+         name_of_offset(place).c_str(), barrier.arrivals_of_phase);
   if (expected_bytes > kMaxBytes) fail(where, "announces %d bytes; a barrier counts to %d", expected_bytes, kMaxBytes);
   --barrier.missing_arrivals;
   barrier.missing_bytes += expected_bytes;
-  barrier.gathered.join(block->shared.told_by_thread(thread));
+  Knowledge& gathered = place.rank == warp->rank ? barrier.gathered.by_own_block : barrier.gathered.by_other_blocks;
+  gathered.join(cluster->shared.told_by_thread(thread));
   end_phase_if_complete(barrier);
 }
 
@@ -53,7 +54,7 @@ struct Arrival {
 };
 
 void complete(NamedBarrier& barrier) {
-  for (const int each : barrier.waiting_warps) block->shared.learn(each, barrier.gathered);
+  for (const int each : barrier.waiting_warps) cluster->shared.learn(each, barrier.gathered);
   barrier.waiting_warps.clear();
   barrier.gathered = Knowledge();
   barrier.arrived = 0;
@@ -69,7 +70,7 @@ void arrive_at_number(Arrival* const* lanes) {
       fail(mine.where, "lanes of a warp come to different named barriers: %d and %d", mine.id, lanes[lane]->id);
   if (mine.id < 1 || mine.id > 15) fail(mine.where, "named barrier %d: 1 to 15 are free", mine.id);
   if (mine.threads % kLanes != 0 || mine.threads <= 0) fail(mine.where, "a named barrier for %d threads", mine.threads);
-  NamedBarrier& barrier = block->barriers.by_number[mine.id];
+  NamedBarrier& barrier = this_block().named_barriers[mine.id];
   if (barrier.arrived == 0) {
     barrier.threads = mine.threads;
     barrier.where = mine.where;
@@ -78,7 +79,7 @@ void arrive_at_number(Arrival* const* lanes) {
          barrier.where.file, barrier.where.line);
   }
   barrier.arrived += kLanes;
-  barrier.gathered.join(block->shared.told_by_warp(warp_index()));
+  barrier.gathered.join(cluster->shared.told_by_warp(warp_index()));
   if (mine.waits) barrier.waiting_warps.push_back(warp_index());
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane]->use = barrier.use;
   if (barrier.arrived >= barrier.threads) complete(barrier);
@@ -89,20 +90,23 @@ struct Registers {
   Where where;
 };
 
+int& registers_of_this_warp() { return this_block().registers.of_warp[warp_index() % warps_of_block()]; }
+
 // Whether the request is one, and what the warp holds.
 int& registers_of_warp(const Registers& wanted) {
   if (wanted.count % 8 != 0 || wanted.count < 24 || wanted.count > 256)
     fail(wanted.where, "%d registers: multiples of 8 from 24 to 256 can be asked for", wanted.count);
-  return block->registers.of_warp[warp_index()];
+  return registers_of_this_warp();
 }
 
 void give(Registers* const* lanes) {
   const Registers& wanted = *lanes[0];
   int& mine = registers_of_warp(wanted);
   if (wanted.count > mine) fail(wanted.where, "lowers its registers from %d to %d", mine, wanted.count);
-  block->registers.free += (mine - wanted.count) * kLanes;
+  RegisterPool& pool = this_block().registers;
+  pool.free += (mine - wanted.count) * kLanes;
   mine = wanted.count;
-  wake(block->registers.waiting);
+  wake(pool.waiting);
 }
 
 void ask(Registers* const* lanes) {
@@ -117,28 +121,34 @@ void ask(Registers* const* lanes) {
 
 void init_barrier(uint32_t address, int arrivals, Where where) {
   if (arrivals < 1 || arrivals > kMaxArrivals) fail(where, "a barrier for %d arrivals", arrivals);
-  block->shared.make_barrier(thread, address, kBarrierBytes, where);
-  Mbarrier& barrier = block->barriers.in_shared_memory[address];
+  cluster->shared.make_barrier(thread, here(address), kBarrierBytes, where);
+  Mbarrier& barrier = cluster->barriers[here(address)];
   barrier = Mbarrier();
   barrier.arrivals_of_phase = barrier.missing_arrivals = arrivals;
   barrier.made_by = thread;
 }
 
 void fence_barrier_init() {
-  for (auto& [address, barrier] : block->barriers.in_shared_memory)
-    if (barrier.made_by == thread) barrier.engine_sees_it = true;
+  for (auto& [place, barrier] : cluster->barriers)
+    if (barrier.made_by == thread && !barrier.fenced_at) barrier.fenced_at = cluster->shared.now();
 }
 
-void arrive_at_barrier(uint32_t address, int expected_bytes, Where where) {
-  arrive(find(address, where), address, expected_bytes, where);
+void arrive_at_barrier(uint32_t address, int expected_bytes, Where where) { arrive(here(address), expected_bytes, where); }
+
+void arrive_in_cluster(uint32_t cluster_address, int expected_bytes, Where where) {
+  arrive(visited(cluster_address, where), expected_bytes, where);
 }
 
-void wait_for_phase(uint32_t address, uint32_t parity, Where where) {
+void wait_for_phase(uint32_t address, uint32_t parity, Scope scope, Where where) {
   if (parity > 1) fail(where, "a phase of parity %u", parity);
   for (;;) {
-    Mbarrier& barrier = find(address, where);
+    Mbarrier& barrier = find(here(address), where);
     if ((barrier.phase & 1) != parity) {
-      block->shared.learn(warp_index(), barrier.told);
+      cluster->shared.learn(warp_index(), barrier.told.by_own_block);
+      if (scope == Scope::kCluster)
+        cluster->shared.learn(warp_index(), barrier.told.by_other_blocks);
+      else
+        cluster->shared.learn_ends_of_reads(warp_index(), barrier.told.by_other_blocks);
       return;
     }
     barrier.waiting.push_back(thread);
@@ -147,16 +157,14 @@ void wait_for_phase(uint32_t address, uint32_t parity, Where where) {
   }
 }
 
-Mbarrier& barrier_for_copy(uint32_t address, Where where) {
-  Mbarrier& barrier = find(address, where);
-  if (!barrier.engine_sees_it) fail(where, "the copy engine does not see this barrier: fence_barrier_init is missing");
-  return barrier;
+void check_barrier_for_copy(Place barrier, Where where) {
+  if (!find(barrier, where).fenced_at) fail(where, "the copy engine does not see this barrier: fence_barrier_init is missing");
 }
 
-void complete_bytes(Mbarrier& barrier, int bytes) {
+void complete_bytes(Place place, int bytes) {
+  Mbarrier& barrier = cluster->barriers.at(place);
   barrier.missing_bytes -= bytes;
-  const Time now = block->shared.told_by_engine();
-  if (barrier.gathered.until[kCopyEngine] < now) barrier.gathered.until[kCopyEngine] = now;
+  barrier.gathered.by_own_block.until[engine_of(place.rank)] = cluster->shared.told_by_engine();
   end_phase_if_complete(barrier);
 }
 
@@ -165,7 +173,7 @@ void complete_bytes(Mbarrier& barrier, int bytes) {
 void named_barrier(int id, int threads, bool waits, Where where) {
   Arrival arrival{id, threads, waits, where};
   meet<Arrival, arrive_at_number>(waits ? "named_barrier_sync" : "named_barrier_arrive", arrival, where);
-  NamedBarrier& barrier = block->barriers.by_number[id];
+  NamedBarrier& barrier = this_block().named_barriers[id];
   while (waits && barrier.use == arrival.use) {
     barrier.waiting.push_back(thread);
     park(where, "named barrier %d, where %d of %d threads are missing", id, threads - barrier.arrived, threads);
@@ -190,8 +198,8 @@ void lower_registers(int count, Where where) {
 void raise_registers(int count, Where where) {
   Registers wanted{count, where};
   meet<Registers, ask>("raise_registers", wanted, where);
-  RegisterPool& pool = block->registers;
-  for (int& mine = pool.of_warp[warp_index()]; mine != count;) {
+  RegisterPool& pool = this_block().registers;
+  for (int& mine = registers_of_this_warp(); mine != count;) {
     const int missing = (count - mine) * kLanes;
     if (missing <= pool.free) {
       pool.free -= missing;

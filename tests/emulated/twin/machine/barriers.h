@@ -2,13 +2,20 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <vector>
 
 #include "machine/clocks.h"
 #include "machine/machine.h"
+#include "machine/shared_memory.h"
 
 namespace twin {
+
+// What arrivals tell. Those of the barrier's own block tell everything to all that wait, as the engine does; those of other blocks
+// do so where a wait acquires from the whole cluster, and else only tell that reads have ended.
+struct Told {
+  Knowledge by_own_block;
+  Knowledge by_other_blocks;
+};
 
 // Eight bytes of shared memory. A phase ends when all arrivals and all announced bytes have come; phases are counted from 0.
 struct Mbarrier {
@@ -17,9 +24,9 @@ struct Mbarrier {
   int missing_bytes = 0;
   uint32_t phase = 0;
   int made_by = 0;
-  bool engine_sees_it = false;  // fenced since it was made
-  Knowledge gathered;           // in this phase
-  Knowledge told;               // by the phase that ended last
+  Time fenced_at = 0;           // since it was made, so that the engine and other blocks see it
+  Told gathered;                // in this phase
+  Told told;                    // by the phase that ended last
   std::vector<int> waiting;     // threads
 };
 
@@ -33,23 +40,20 @@ struct NamedBarrier {
   Where where;               // of the first arrival
 };
 
-struct Barriers {
-  std::map<uint32_t, Mbarrier> in_shared_memory;  // by address
-  NamedBarrier by_number[16];
-};
+constexpr int kNamedBarriers = 16;
 
 // What setmaxnreg moves around: registers of the block that no warp holds.
 struct RegisterPool {
   int free = 0;
-  std::vector<int> of_warp;  // per thread
+  std::vector<int> of_warp;  // per thread, by warp of the block
   std::vector<int> waiting;  // threads
 
   void reset(int num_warps);
 };
 
-// Signals that bytes have landed. Called by the copy engine of the running block.
-void complete_bytes(Mbarrier& barrier, int bytes);
-// The barrier at an address, as a copy of the running thread finds it.
-Mbarrier& barrier_for_copy(uint32_t address, Where where);
+// Signals that bytes have landed. Called by the copy engine of the running cluster.
+void complete_bytes(Place barrier, int bytes);
+// Stops the launch unless a copy of the running thread can find a barrier there.
+void check_barrier_for_copy(Place barrier, Where where);
 
 }  // namespace twin

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "machine/block.h"
+#include "machine/cluster.h"
 
 namespace twin {
 namespace {
@@ -21,13 +21,13 @@ Map decode(const void* map, Where where) {
 }
 
 // The 128-byte swizzle acts on the bits of the final address.
-uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+Place swizzled(Place place) { return {place.rank, place.address ^ (place.address >> 7 & 7) << 4}; }
 
 bool is_inside(int index, uint64_t size) { return index >= 0 && static_cast<uint64_t>(index) < size; }
 
 // At most 128 bytes that lie together in global memory, and in shared memory but for the swizzle.
 struct Line {
-  uint32_t address;
+  Place place;
   int bytes;
   char* global;
   int bytes_in_array;  // the others are zeros, or are not written
@@ -47,7 +47,7 @@ void for_each_line_of_box(const Region& region, Visitor visit) {
     }
     const uint64_t global = map.base + static_cast<uint64_t>(region.column) * kElementBytes + row * map.strides[0] +
                             region.head * map.strides[1] + region.batch * map.strides[2];
-    visit(Line{region.address + i * kLineBytes, kLineBytes, reinterpret_cast<char*>(global), static_cast<int>(columns) * kElementBytes});
+    visit(Line{region.place + i * kLineBytes, kLineBytes, reinterpret_cast<char*>(global), static_cast<int>(columns) * kElementBytes});
   }
 }
 
@@ -56,27 +56,28 @@ void for_each_line(const Region& region, Visitor visit) {
   if (region.is_box) return for_each_line_of_box(region, visit);
   for (int at = 0; at < region.bytes; at += kLineBytes) {
     const int bytes = region.bytes - at < kLineBytes ? region.bytes - at : kLineBytes;
-    visit(Line{region.address + at, bytes, region.global + at, bytes});
+    visit(Line{region.place + at, bytes, region.global + at, bytes});
   }
 }
 
-// Calls visit(address, byte of the line) for each 16 bytes of a line in shared memory.
+// Calls visit(place, byte of the line) for each 16 bytes of a line in shared memory.
 template <class Visitor>
 void for_each_piece(const Region& region, const Line& line, Visitor visit) {
-  for (int at = 0; at < line.bytes; at += kPieceBytes) visit(region.is_box ? swizzled(line.address + at) : line.address + at, at);
+  for (int at = 0; at < line.bytes; at += kPieceBytes) visit(region.is_box ? swizzled(line.place + at) : line.place + at, at);
 }
 
-Region box(uint32_t address, const void* map, int column, int row, int head, int batch, Where where) {
-  if (address % kLineBytes != 0) fail(where, "a box at shared offset %u, which is no multiple of 128", address - kSharedBase);
+Region box(Place place, const void* map, int column, int row, int head, int batch, Where where) {
+  if (place.address % kLineBytes != 0)
+    fail(where, "a box at shared offset %s, which is no multiple of 128", name_of_offset(place).c_str());
   const Map decoded = decode(map, where);
   const int bytes = static_cast<int>(decoded.box_rows) * kLineBytes;
-  return {address, thread, where, bytes, true, decoded, column, row, head, batch, nullptr};
+  return {place, thread, where, bytes, true, decoded, column, row, head, batch, nullptr};
 }
 
 Region plain_bytes(uint32_t address, const void* global, int bytes, Where where) {
   if (address % kPieceBytes || reinterpret_cast<uint64_t>(global) % kPieceBytes || bytes % kPieceBytes || bytes <= 0)
     fail(where, "a copy of %d bytes between shared offset %u and %p: multiples of 16 are needed", bytes, address - kSharedBase, global);
-  return {address, thread, where, bytes, false, Map(), 0, 0, 0, 0, const_cast<char*>(static_cast<const char*>(global))};
+  return {here(address), thread, where, bytes, false, Map(), 0, 0, 0, 0, const_cast<char*>(static_cast<const char*>(global))};
 }
 
 void add_floats(char* global, const unsigned char* bytes, int count) {
@@ -126,13 +127,19 @@ void CopyEngine::finish() {
   departures_.clear();
 }
 
-void CopyEngine::begin_landing(const Region& region, uint32_t barrier) {
-  block->shared.begin_landing(region.thread, region.address, region.bytes, region.where);
+void CopyEngine::begin_landing(const Region& region, Place barrier) {
+  cluster->shared.begin_landing(region.thread, region.place, region.bytes, region.where);
   landings_.push_back({region, barrier});
 }
 
+void CopyEngine::begin_sending(Place place, uint32_t word, Place barrier, Where where) {
+  cluster->shared.begin_sending(thread, place, where);
+  const Region region{place, thread, where, sizeof word, false, Map(), 0, 0, 0, 0, nullptr};
+  landings_.push_back({region, barrier, true, word});
+}
+
 void CopyEngine::begin_departure(const Region& region, Effect effect) {
-  block->shared.begin_background_read(region.thread, region.address, region.bytes, region.where);
+  cluster->shared.begin_background_read(region.thread, region.place, region.bytes, region.where);
   Departure departure{};
   departure.region = region;
   departure.effect = effect;
@@ -146,7 +153,7 @@ void CopyEngine::wait_until_read(int thread, int pending_groups) {
     if (region.thread != thread || departure.was_waited_for || departure.group >= groups_committed_[thread] - pending_groups) continue;
     if (!departure.has_been_read) read(departure);
     departure.was_waited_for = true;
-    block->shared.end_background_read(thread / kLanes, region.address, region.bytes);
+    cluster->shared.end_background_read(thread / kLanes, region.place, region.bytes);
   }
 }
 
@@ -169,8 +176,21 @@ const Departure* CopyEngine::unread_departure_of(int thread) const {
   return nullptr;
 }
 
+const Landing* CopyEngine::landing_in(int rank) const {
+  for (const Landing& landing : landings_)
+    if (landing.region.place.rank == rank) return &landing;
+  return nullptr;
+}
+
 void CopyEngine::land(const Landing& landing) {
-  const Region& region = landing.region;
+  if (landing.is_word)
+    cluster->shared.end_sending(landing.region.place, landing.word);
+  else
+    land_copy(landing.region);
+  complete_bytes(landing.barrier, landing.region.bytes);
+}
+
+void CopyEngine::land_copy(const Region& region) {
   thread = region.thread;
   for_each_line(region, [&](const Line& line) {
     unsigned char bytes[kLineBytes] = {};
@@ -178,10 +198,9 @@ void CopyEngine::land(const Landing& landing) {
       check_global(line.global, line.bytes_in_array, kElementBytes, false, region.where);
       std::memcpy(bytes, line.global, line.bytes_in_array);
     }
-    for_each_piece(region, line, [&](uint32_t address, int at) { block->shared.land(address, bytes + at, kPieceBytes); });
+    for_each_piece(region, line, [&](Place place, int at) { cluster->shared.land(place, bytes + at, kPieceBytes); });
   });
-  block->shared.end_landing(region.address, region.bytes);
-  complete_bytes(block->barriers.in_shared_memory.at(landing.barrier), region.bytes);
+  cluster->shared.end_landing(region.place, region.bytes);
 }
 
 void CopyEngine::read(Departure& departure) {
@@ -189,7 +208,7 @@ void CopyEngine::read(Departure& departure) {
   departure.bytes.resize(departure.region.bytes);
   unsigned char* to = departure.bytes.data();
   for_each_line(departure.region, [&](const Line& line) {
-    for_each_piece(departure.region, line, [&](uint32_t address, int at) { block->shared.peek(address, to + at, kPieceBytes); });
+    for_each_piece(departure.region, line, [&](Place place, int at) { cluster->shared.peek(place, to + at, kPieceBytes); });
     to += line.bytes;
   });
 }
@@ -216,26 +235,46 @@ void CopyEngine::write(Departure& departure) {
 void check_map(const void* map, Where where) { decode(map, where); }
 
 void copy_box_to_shared(uint32_t address, const void* map, uint32_t barrier, int column, int row, int head, int batch, Where where) {
-  barrier_for_copy(barrier, where);
-  block->engine.begin_landing(box(address, map, column, row, head, batch, where), barrier);
+  check_barrier_for_copy(here(barrier), where);
+  cluster->engine.begin_landing(box(here(address), map, column, row, head, batch, where), here(barrier));
+}
+void send_word(uint32_t cluster_address, uint32_t word, uint32_t cluster_barrier, Where where) {
+  const Place place = place_in_cluster(cluster_address), barrier = place_in_cluster(cluster_barrier);
+  check_reach(place.rank, where);
+  if (barrier.rank != place.rank)
+    fail(where, "a word for the block of rank %d, and a barrier of rank %d", place.rank, barrier.rank);
+  check_barrier_for_copy(barrier, where);
+  cluster->engine.begin_sending(place, word, barrier, where);
+}
+// The copies land one by one, as the blocks' memories may be written at different moments.
+void copy_box_to_cluster(uint32_t address, const void* map, uint32_t barrier, int column, int row, int head, int batch,
+                         uint32_t ranks, Where where) {
+  if (ranks == 0) fail(where, "a copy to no block of the cluster");
+  for (int rank = 0; ranks >> rank; ++rank) {
+    if ((ranks >> rank & 1) == 0) continue;
+    check_reach(rank, where);
+    const Place its_barrier{rank, barrier};
+    check_barrier_for_copy(its_barrier, where);
+    cluster->engine.begin_landing(box({rank, address}, map, column, row, head, batch, where), its_barrier);
+  }
 }
 void copy_bytes_to_shared(uint32_t address, const void* global, int bytes, uint32_t barrier, Where where) {
-  barrier_for_copy(barrier, where);
-  block->engine.begin_landing(plain_bytes(address, global, bytes, where), barrier);
+  check_barrier_for_copy(here(barrier), where);
+  cluster->engine.begin_landing(plain_bytes(address, global, bytes, where), here(barrier));
 }
 void copy_box_to_global(const void* map, uint32_t address, int column, int row, int head, int batch, Where where) {
-  block->engine.begin_departure(box(address, map, column, row, head, batch, where), Effect::kStore);
+  cluster->engine.begin_departure(box(here(address), map, column, row, head, batch, where), Effect::kStore);
 }
 void copy_bytes_to_global(uint32_t address, void* global, int bytes, Where where) {
-  block->engine.begin_departure(plain_bytes(address, global, bytes, where), Effect::kStore);
+  cluster->engine.begin_departure(plain_bytes(address, global, bytes, where), Effect::kStore);
 }
 void add_floats_to_global(void* global, uint32_t address, int bytes, Where where) {
-  block->engine.begin_departure(plain_bytes(address, global, bytes, where), Effect::kAddFloats);
+  cluster->engine.begin_departure(plain_bytes(address, global, bytes, where), Effect::kAddFloats);
 }
 
-void commit_departures() { block->engine.commit_departures(thread); }
-void wait_until_read(int pending_groups) { block->engine.wait_until_read(thread, pending_groups); }
-void wait_until_written() { block->engine.wait_until_written(thread); }
-void fence_proxy() { block->shared.fence_proxy(thread); }
+void commit_departures() { cluster->engine.commit_departures(thread); }
+void wait_until_read(int pending_groups) { cluster->engine.wait_until_read(thread, pending_groups); }
+void wait_until_written() { cluster->engine.wait_until_written(thread); }
+void fence_proxy() { cluster->shared.fence_proxy(thread); }
 
 }  // namespace twin

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "machine/machine.h"
+#include "machine/shared_memory.h"
 
 namespace twin {
 
@@ -19,8 +20,8 @@ struct Map {
 
 // What a copy moves: a box of a tensor map, or bytes as they are.
 struct Region {
-  uint32_t address;  // in shared memory
-  int thread;        // that started the copy
+  Place place;
+  int thread;  // that started the copy
   Where where;
   int bytes;  // in shared memory
 
@@ -33,7 +34,9 @@ struct Region {
 
 struct Landing {
   Region region;
-  uint32_t barrier;
+  Place barrier;
+  bool is_word = false;  // sent by a thread, instead of copied
+  uint32_t word = 0;
 };
 
 enum class Effect { kStore, kAddFloats };
@@ -52,22 +55,25 @@ class CopyEngine {
  public:
   void reset(int num_threads);
   bool has_work() const;
-  // Does a part of any one of the copies under way. The running block is the engine's.
+  // Does a part of any one of the copies under way. The running cluster is the engine's.
   void work();
-  // Ends every copy to global memory: the block's last thread has left.
+  // Ends every copy to global memory: the cluster's last thread has left.
   void finish();
 
-  void begin_landing(const Region& region, uint32_t barrier);
+  void begin_landing(const Region& region, Place barrier);
+  void begin_sending(Place place, uint32_t word, Place barrier, Where where);
   void begin_departure(const Region& region, Effect effect);
   void commit_departures(int thread) { ++groups_committed_[thread]; }
   void wait_until_read(int thread, int pending_groups);
   void wait_until_written(int thread);
   // A copy that a thread has not waited for, or null.
   const Departure* unread_departure_of(int thread) const;
-  const Landing* landing() const { return landings_.empty() ? nullptr : &landings_.front(); }
+  // A copy to the shared memory of a block, or null.
+  const Landing* landing_in(int rank) const;
 
  private:
   static void land(const Landing& landing);
+  static void land_copy(const Region& region);
   static void read(Departure& departure);
   static void write(Departure& departure);
 

@@ -20,7 +20,8 @@ struct Where {
 
 int grid_size();
 int block_index();
-int thread_index();
+int thread_index();  // in its block
+int cluster_rank();
 
 // ---- meetings of threads ------------------------------------------------------------------------------------------------------------
 
@@ -41,6 +42,7 @@ void meet(const char* verb, Operands& mine, Where where) {
 
 void warp_barrier(Where where);
 void block_barrier(Where where);
+void cluster_barrier(Where where);
 
 // Lets others run until *value == expected.
 void wait_until_equal(const int* value, int expected, Where where);
@@ -73,7 +75,9 @@ void wait_for_copies(int pending_groups);
 void init_barrier(uint32_t address, int arrivals, Where where);
 void fence_barrier_init();
 void arrive_at_barrier(uint32_t address, int expected_bytes, Where where);
-void wait_for_phase(uint32_t address, uint32_t parity, Where where);
+// Whose arrivals a wait acquires from; those of others still tell that reads have ended.
+enum class Scope { kBlock, kCluster };
+void wait_for_phase(uint32_t address, uint32_t parity, Scope scope, Where where);
 void named_barrier(int id, int threads, bool waits, Where where);
 void lower_registers(int count, Where where);
 void raise_registers(int count, Where where);
@@ -90,6 +94,18 @@ void commit_departures();
 void wait_until_read(int pending_groups);
 void wait_until_written();
 void fence_proxy();
+
+// ---- Hopper: the shared memory of another block of the cluster ----------------------------------------------------------------------
+
+// The cluster's address of what the running block has at `address`, in the block of a rank.
+uint32_t address_in_cluster(uint32_t address, int rank, Where where);
+void arrive_in_cluster(uint32_t cluster_address, int expected_bytes, Where where);
+void write_shared_in_cluster(uint32_t cluster_address, const void* from, int bytes, Where where);
+// Writes a word at a moment of the engine's own, and completes its bytes on a barrier of the same block.
+void send_word(uint32_t cluster_address, uint32_t word, uint32_t cluster_barrier, Where where);
+// Bit r of `ranks`: the box comes to the block of rank r, and completes its bytes on the barrier there.
+void copy_box_to_cluster(uint32_t address, const void* map, uint32_t barrier, int column, int row, int head, int batch,
+                         uint32_t ranks, Where where);
 
 // ---- Hopper: products of warpgroups -------------------------------------------------------------------------------------------------
 
@@ -127,7 +143,7 @@ struct Launch {
   int grid;
   int threads;
   int shared_bytes;
-  int resident_blocks;  // blocks that run interleaved; they start in the order of their index
+  int resident_blocks;  // that run interleaved, rounded up to whole clusters; they start in the order of their index
   uint64_t seed;
   int detect_races;
   int num_allocations;
@@ -137,7 +153,7 @@ struct Launch {
 };
 
 // Returns 0, or 1 with an error in launch.message.
-int run(const Launch& launch, void (*kernel)(const void* params), const void* params);
+int run(const Launch& launch, int blocks_of_cluster, void (*kernel)(const void* params), const void* params);
 
 // Python's copy of the parameters need not be aligned as the struct asks.
 template <typename Params>
@@ -147,10 +163,16 @@ void call(void (*kernel)(Params), const void* params) {
   kernel(*reinterpret_cast<const Params*>(aligned));
 }
 
+// Declared in front of each kernel, as ClusterShape; kernels of one text have clusters of one size.
+template <int size>
+struct ClusterOf {
+  static constexpr int kBlocks = size;
+};
+
 }  // namespace twin
 
 // Makes `kernel` callable from Python as `launch_<kernel>`.
-#define TWIN_EXPORT(kernel)                                                                                      \
+#define TWIN_EXPORT(kernel)                                                                                               \
   extern "C" __attribute__((visibility("default"))) int launch_##kernel(const twin::Launch* launch, const void* params) { \
-    return twin::run(*launch, [](const void* bytes) { twin::call(kernel, bytes); }, params);                     \
+    return twin::run(*launch, ::ClusterShape::kBlocks, [](const void* bytes) { twin::call(kernel, bytes); }, params);     \
   }

@@ -1,16 +1,17 @@
-// Runs a grid: blocks start in the order of their index, `resident_blocks` of them interleaved; a seeded schedule decides which warp runs
-// and how far it runs ahead before another one may.
+// Runs a grid: clusters start in the order of their index, as many interleaved as have `resident_blocks`; a seeded schedule decides
+// which warp runs and how far it runs ahead before another one may.
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <sys/mman.h>
 #include <vector>
 
-#include "machine/block.h"
+#include "machine/cluster.h"
 
 namespace twin {
 
 const Launch* launch;
-Block* block;
+Cluster* cluster;
 Warp* warp;
 int thread;
 Random schedule(0);
@@ -50,20 +51,24 @@ int next_ready_lane(const Warp& warp) {
 
 void exit_lane() {
   if (warp->meeting) fail(warp->where, "lane %d leaves the kernel while others wait in %s", thread % kLanes, warp->verb);
-  if (const Departure* departure = block->engine.unread_departure_of(thread))
+  if (const Departure* departure = cluster->engine.unread_departure_of(thread))
     fail(departure->region.where, "this thread leaves the kernel without a wait until its copy to global memory has read shared memory");
   warp->ready &= ~this_bit();
   warp->exited |= this_bit();
   if (warp->exited == kAllLanes) {
     check_products_at_exit();
-    ++block->warps_exited;
-    for (const Warp& other : block->warps)
-      if (other.at_block_barrier) fail(other.where, "this warp leaves the kernel while others wait at a block barrier");
+    ++this_block().warps_exited;
+    for (const Warp& other : cluster->warps) {
+      if (other.waits_at == WarpBarrier::kOfBlock && other.rank == warp->rank)
+        fail(other.where, "this warp leaves the kernel while others wait at a block barrier");
+      if (other.waits_at == WarpBarrier::kOfCluster)
+        fail(other.where, "this warp leaves the kernel while others wait at a cluster barrier");
+    }
   }
   run_another_lane();
 }
 
-// Every fiber runs this: one kernel thread after another, as blocks come and go.
+// Every fiber runs this: one kernel thread after another, as clusters come and go.
 void fiber_body() {
   for (;;) {
     try {
@@ -76,25 +81,29 @@ void fiber_body() {
   }
 }
 
-void start_block(Block& fresh, int index) {
+void start_cluster(Cluster& fresh, int index) {
   fresh.index = index;
-  fresh.shared.reset(launch->shared_bytes, static_cast<int>(fresh.warps.size()), launch->detect_races);
-  fresh.warps_at_barrier = fresh.warps_exited = 0;
-  for (Warp& each : fresh.warps) {
-    each = Warp();
-    each.ready = kAllLanes;
+  const int num_blocks = static_cast<int>(fresh.blocks.size()), num_warps = static_cast<int>(fresh.warps.size());
+  fresh.shared.reset(launch->shared_bytes, num_blocks, num_warps, launch->detect_races);
+  for (Block& each : fresh.blocks) {
+    each = Block();
+    each.registers.reset(warps_of_block());
   }
-  fresh.barriers = Barriers();
-  fresh.registers.reset(static_cast<int>(fresh.warps.size()));
+  for (int i = 0; i < num_warps; ++i) {
+    fresh.warps[i] = Warp();
+    fresh.warps[i].ready = kAllLanes;
+    fresh.warps[i].rank = i / warps_of_block();
+  }
+  fresh.barriers.clear();
   fresh.engine.reset(static_cast<int>(fresh.lanes.size()));
-  fresh.histories.assign(fresh.warps.size() / kWarpsOfGroup, {});
+  fresh.histories.assign((num_warps + kWarpsOfGroup - 1) / kWarpsOfGroup, {});
   for (Lane& lane : fresh.lanes) {
     lane.copies.clear();
     lane.groups_committed = 0;
   }
 }
 
-bool is_runnable(Block& candidate, int index) {
+bool is_runnable(Cluster& candidate, int index) {
   Warp& each = candidate.warps[index];
   for (uint32_t polling = each.polling; polling; polling &= polling - 1) {
     const int bit = __builtin_ctz(polling);
@@ -110,17 +119,23 @@ int random_run_length() {
   return 1 + static_cast<int>(schedule.below(limits[schedule.below(4)]));
 }
 
-[[noreturn]] void fail_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
-  for (const auto& each : blocks) {
+[[noreturn]] void fail_deadlock(const std::vector<std::unique_ptr<Cluster>>& clusters) {
+  for (const auto& each : clusters) {
     for (size_t i = 0; i < each->lanes.size(); ++i) {
       const Warp& its_warp = each->warps[i / kLanes];
       const Lane& lane = each->lanes[i];
-      block = each.get(), thread = static_cast<int>(i);
+      cluster = each.get(), thread = static_cast<int>(i);
       if (its_warp.parked >> (i % kLanes) & 1) fail(lane.waits_at, "deadlock: waits for %s", lane.waits_for);
       if (its_warp.polling >> (i % kLanes) & 1)
         fail(lane.waits_at, "deadlock: waits for turn %d, and no earlier block can pass it", lane.expected);
     }
   }
+  for (const auto& each : clusters)
+    for (size_t i = 0; i < each->warps.size(); ++i) {
+      const Warp& its_warp = each->warps[i];
+      cluster = each.get(), thread = static_cast<int>(i) * kLanes;
+      if (its_warp.waits_at == WarpBarrier::kOfCluster) fail(its_warp.where, "deadlock: waits for warps at a cluster barrier");
+    }
   fail(Where(), "deadlock");
 }
 
@@ -128,64 +143,90 @@ int random_run_length() {
 enum class Eagerness { kLast, kFair, kFirst };
 
 struct Candidate {
-  Block* block;
+  Cluster* cluster;
   int warp;  // or kEngine
 };
 constexpr int kEngine = -1;
 
-void find_candidates(const std::vector<std::unique_ptr<Block>>& blocks, Eagerness eagerness, std::vector<Candidate>& candidates) {
+void find_candidates(const std::vector<std::unique_ptr<Cluster>>& clusters, Eagerness eagerness,
+                     std::vector<Candidate>& candidates) {
   candidates.clear();
   const auto add_engines = [&] {
-    for (const auto& each : blocks)
+    for (const auto& each : clusters)
       if (each->engine.has_work()) candidates.push_back({each.get(), kEngine});
   };
   if (eagerness != Eagerness::kLast) add_engines();
   if (eagerness == Eagerness::kFirst && !candidates.empty()) return;
-  for (const auto& each : blocks)
+  for (const auto& each : clusters)
     for (int i = 0; i < static_cast<int>(each->warps.size()); ++i)
       if (is_runnable(*each, i)) candidates.push_back({each.get(), i});
   if (candidates.empty()) add_engines();
 }
 
 void run_warp(int index) {
-  warp = &block->warps[index];
+  warp = &cluster->warps[index];
   warp->first_lane = static_cast<int>(schedule.below(kLanes));
   warp->meetings_left = random_run_length();
   thread = index * kLanes + next_ready_lane(*warp);
   switch_fiber(scheduler, this_lane().fiber.point);
 }
 
-void run_blocks(std::vector<std::unique_ptr<Block>>& blocks) {
+void end_block(int rank) {
+  if (const Landing* landing = cluster->engine.landing_in(rank))
+    fail(landing->region.where, "the block ends while this copy to its shared memory is under way");
+  cluster->shared.check_end_of_block(rank);
+}
+
+void run_clusters(std::vector<std::unique_ptr<Cluster>>& clusters, int num_clusters) {
   int next_index = 0;
-  for (auto& each : blocks) start_block(*each, next_index++);
+  for (auto& each : clusters) start_cluster(*each, next_index++);
   const auto eagerness = static_cast<Eagerness>(schedule.below(3));
   std::vector<Candidate> candidates;
-  while (!blocks.empty()) {
-    find_candidates(blocks, eagerness, candidates);
-    if (candidates.empty()) fail_deadlock(blocks);
+  while (!clusters.empty()) {
+    find_candidates(clusters, eagerness, candidates);
+    if (candidates.empty()) fail_deadlock(clusters);
     const Candidate chosen = candidates[schedule.below(static_cast<uint32_t>(candidates.size()))];
-    block = chosen.block;
+    cluster = chosen.cluster;
     if (chosen.warp == kEngine) {
-      block->engine.work();
+      cluster->engine.work();
       continue;
     }
     run_warp(chosen.warp);
     if (failed) return;
-    if (block->warps_exited < static_cast<int>(block->warps.size())) continue;
-    if (const Landing* landing = block->engine.landing())
-      fail(landing->region.where, "the block ends while this copy to its shared memory is under way");
-    block->engine.finish();
-    if (next_index < launch->grid) {
-      start_block(*block, next_index++);
+    if (!has_left(this_block())) continue;
+    end_block(warp->rank);
+    if (!std::all_of(cluster->blocks.begin(), cluster->blocks.end(), has_left)) continue;
+    cluster->engine.finish();
+    if (next_index < num_clusters) {
+      start_cluster(*cluster, next_index++);
     } else {
-      for (auto& each : blocks)
-        if (each.get() == block) {
-          each.swap(blocks.back());
+      for (auto& each : clusters)
+        if (each.get() == cluster) {
+          each.swap(clusters.back());
           break;
         }
-      blocks.pop_back();
+      clusters.pop_back();
     }
   }
+}
+
+// What the machine cannot run, in words, or null.
+const char* unfit(int blocks_of_cluster) {
+  if (launch->threads % kLanes != 0 || blocks_of_cluster * launch->threads > kMaxWarps * kLanes)
+    return "the twin runs blocks of whole warps, at most 32 in a block or cluster";
+  if (blocks_of_cluster < 1 || blocks_of_cluster > kMaxBlocks) return "a cluster has 1 to 8 blocks";
+  if (launch->grid % blocks_of_cluster != 0) return "the grid is no multiple of the cluster's size";
+  return nullptr;
+}
+
+std::unique_ptr<Cluster> made_cluster(int num_blocks, Stacks& stacks, size_t first_stack) {
+  auto made = std::make_unique<Cluster>();
+  const int threads = num_blocks * launch->threads;
+  made->blocks.resize(num_blocks);
+  made->warps.resize(threads / kLanes);
+  made->lanes.resize(threads);
+  for (int i = 0; i < threads; ++i) made->lanes[i].fiber.start(stacks[first_stack + i], Stacks::usable_bytes(), fiber_body);
+  return made;
 }
 
 }  // namespace
@@ -204,28 +245,24 @@ void run_another_lane() {
 
 // ---- launches -----------------------------------------------------------------------------------------------------------------------
 
-int run(const Launch& new_launch, void (*kernel)(const void* params), const void* params) {
+int run(const Launch& new_launch, int blocks_of_cluster, void (*kernel)(const void* params), const void* params) {
   launch = &new_launch;
   kernel_body = kernel;
   kernel_params = params;
   failed = false;
-  if (launch->threads % kLanes != 0 || launch->threads > kMaxWarps * kLanes) {
-    snprintf(launch->message, launch->message_bytes, "the twin runs blocks of whole warps, at most %d", kMaxWarps);
+  if (const char* reason = unfit(blocks_of_cluster)) {
+    snprintf(launch->message, launch->message_bytes, "%s", reason);
     return 1;
   }
   schedule = Random(launch->seed);
-  const int resident = launch->resident_blocks < launch->grid ? launch->resident_blocks : launch->grid;
-  Stacks stacks(static_cast<size_t>(resident) * launch->threads);
-  std::vector<std::unique_ptr<Block>> blocks;
-  for (int i = 0; i < resident; ++i) {
-    blocks.push_back(std::make_unique<Block>());
-    blocks[i]->warps.resize(launch->threads / kLanes);
-    blocks[i]->lanes.resize(launch->threads);
-    for (int j = 0; j < launch->threads; ++j)
-      blocks[i]->lanes[j].fiber.start(stacks[static_cast<size_t>(i) * launch->threads + j], Stacks::usable_bytes(), fiber_body);
-  }
+  const int num_clusters = launch->grid / blocks_of_cluster;
+  const int resident = std::min((launch->resident_blocks + blocks_of_cluster - 1) / blocks_of_cluster, num_clusters);
+  const size_t threads = static_cast<size_t>(blocks_of_cluster) * launch->threads;
+  Stacks stacks(resident * threads);
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  for (int i = 0; i < resident; ++i) clusters.push_back(made_cluster(blocks_of_cluster, stacks, i * threads));
   try {
-    run_blocks(blocks);
+    run_clusters(clusters, num_clusters);
   } catch (const Failure&) {
     failed = true;
   }

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "machine/block.h"
+#include "machine/cluster.h"
 
 namespace twin {
 namespace {
@@ -85,7 +85,7 @@ void compute(Product& product) {
   static float a[kRows][kDepth], b[kDepth][256];
   const auto piece = [&](uint32_t address, auto store) {
     uint16_t elements[kPieceElements];
-    block->shared.peek(address, elements, sizeof elements);
+    cluster->shared.peek(here(address), elements, sizeof elements);
     for (int i = 0; i < kPieceElements; ++i) store(i, widen(elements[i], operands.is_float16));
   };
   for_each_piece(
@@ -153,8 +153,8 @@ bool is_same(const ProductOperands& x, const ProductOperands& y) {
 // All warps of a warpgroup start the same products.
 void check_history(const ProductOperands& operands) {
   const int group = warp_index() / kWarpsOfGroup;
-  if (block->warps.size() % kWarpsOfGroup != 0) fail(operands.where, "a product in a block of incomplete warpgroups");
-  ProductHistory& history = block->histories[group];
+  if (warps_of_block() % kWarpsOfGroup != 0) fail(operands.where, "a product in a block of incomplete warpgroups");
+  ProductHistory& history = cluster->histories[group];
   const size_t number = warp->products.num_started++;
   if (number < history.size()) {
     if (!is_same(history[number], operands))
@@ -163,7 +163,8 @@ void check_history(const ProductOperands& operands) {
     return;
   }
   for (int sibling = group * kWarpsOfGroup; sibling < (group + 1) * kWarpsOfGroup; ++sibling)
-    if (block->warps[sibling].exited) fail(operands.where, "warps of a warpgroup diverge: one has left the kernel before this product");
+    if (cluster->warps[sibling].exited)
+      fail(operands.where, "warps of a warpgroup diverge: one has left the kernel before this product");
   history.push_back(operands);
 }
 
@@ -184,7 +185,9 @@ void start(ProductLane* const* lanes) {
       std::memcpy(product.registers_at_start[lane], lanes[lane]->registers, sizeof product.registers_at_start[lane]);
     }
   }
-  const auto claim = [&](uint32_t address, int, int) { block->shared.begin_background_read(thread, address, 16, operands.where); };
+  const auto claim = [&](uint32_t address, int, int) {
+    cluster->shared.begin_background_read(thread, here(address), 16, operands.where);
+  };
   for_each_piece(operands, warp_index(), claim, claim);
   ++product.accumulators->products_under_way;
   queue.products.push_back(std::move(product));
@@ -201,7 +204,7 @@ void finish(Product& product) {
       if (std::memcmp(product.registers[lane], product.registers_at_start[lane], sizeof product.registers_at_start[lane]) != 0)
         fail(where, "the left operand of lane %d was written while this product was under way", lane);
   if (!product.has_been_computed) compute(product);
-  const auto release = [&](uint32_t address, int, int) { block->shared.end_background_read(warp_index(), address, 16); };
+  const auto release = [&](uint32_t address, int, int) { cluster->shared.end_background_read(warp_index(), here(address), 16); };
   for_each_piece(product.operands, warp_index(), release, release);
   if (--product.accumulators->products_under_way == 0) deliver(*product.accumulators, where);
 }
@@ -234,8 +237,8 @@ void wait_for_products(int pending_groups, Where where) { meet<int, wait>("produ
 void check_products_at_exit() {
   const ProductQueue& queue = warp->products;
   if (!queue.products.empty()) fail(queue.products.front().operands.where, "the warp leaves the kernel while this product is under way");
-  if (block->histories.empty()) return;
-  const ProductHistory& history = block->histories[warp_index() / kWarpsOfGroup];
+  if (cluster->histories.empty()) return;
+  const ProductHistory& history = cluster->histories[warp_index() / kWarpsOfGroup];
   if (queue.num_started < history.size())
     fail(history[queue.num_started].where, "warps of a warpgroup diverge: one leaves the kernel without this product");
 }

@@ -3,12 +3,47 @@
 #include <cstdio>
 #include <cstring>
 
-#include "machine/block.h"
+#include "machine/cluster.h"
 
 namespace twin {
 namespace {
 
+constexpr int kRankShift = 24;  // in addresses of the cluster
+
 bool is_same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+void check_rank(int rank, Where where) {
+  const int num_blocks = static_cast<int>(cluster->blocks.size());
+  if (rank < 0 || rank >= num_blocks) fail(where, "there is no rank %d in a cluster of %d blocks", rank, num_blocks);
+}
+
+const char* name_of(WarpBarrier barrier) { return barrier == WarpBarrier::kOfBlock ? "block" : "cluster"; }
+
+// All lanes of a warp together.
+void come_to(WarpBarrier barrier) {
+  const int num_warps = barrier == WarpBarrier::kOfBlock ? warps_of_block() : static_cast<int>(cluster->warps.size());
+  const int first = warp_index() / num_warps * num_warps, end = first + num_warps;
+  int missing = num_warps - 1;
+  for (int index = first; index < end; ++index) {
+    const Warp& other = cluster->warps[index];
+    if (other.exited == kAllLanes) fail(warp->where, "a %s barrier waits for warps that have left the kernel", name_of(barrier));
+    if (other.waits_at != barrier) continue;
+    if (other.where.line != warp->where.line)
+      fail(warp->where, "warps of one %s meet at different barriers: the other at %s:%d", name_of(barrier), other.where.file,
+           other.where.line);
+    --missing;
+  }
+  warp->waits_at = barrier;
+  if (missing > 0) return;
+  if (barrier == WarpBarrier::kOfBlock)
+    cluster->shared.barrier_of_warps(first, end);
+  else
+    cluster->shared.cluster_barrier();
+  for (int index = first; index < end; ++index) {
+    cluster->warps[index].waits_at = WarpBarrier::kNone;
+    cluster->warps[index].ready = kAllLanes;
+  }
+}
 
 }  // namespace
 
@@ -18,14 +53,27 @@ void fail(Where where, const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  snprintf(launch->message, launch->message_bytes, "%s:%d: block %d warp %d lane %d: %s", where.file, where.line, block->index,
-           thread / kLanes, thread % kLanes, text);
+  snprintf(launch->message, launch->message_bytes, "%s:%d: block %d warp %d lane %d: %s", where.file, where.line,
+           index_of_block(thread / launch->threads), thread % launch->threads / kLanes, thread % kLanes, text);
   throw Failure();
 }
 
 int grid_size() { return launch->grid; }
-int block_index() { return block->index; }
-int thread_index() { return thread; }
+int block_index() { return index_of_block(warp->rank); }
+int thread_index() { return thread - warp->rank * launch->threads; }
+int cluster_rank() { return warp->rank; }
+
+std::string name_of_thread(int its_thread) {
+  const std::string its_block =
+      cluster->blocks.size() > 1 ? "block " + std::to_string(index_of_block(its_thread / launch->threads)) + " " : "";
+  return its_block + "warp " + std::to_string(its_thread % launch->threads / kLanes) + " lane " +
+         std::to_string(its_thread % kLanes);
+}
+
+std::string name_of_offset(Place place) {
+  const std::string its_block = cluster->blocks.size() > 1 ? " of block " + std::to_string(index_of_block(place.rank)) : "";
+  return std::to_string(static_cast<int>(place.address - kSharedBase)) + its_block;
+}
 
 // ---- meetings -----------------------------------------------------------------------------------------------------------------------
 
@@ -47,7 +95,7 @@ void meet(const char* verb, void* mine, void (*complete)(void* const* lanes), Wh
   }
   complete(warp->brought);
   warp->meeting = 0;
-  if (warp->at_block_barrier) {
+  if (warp->waits_at != WarpBarrier::kNone) {
     switch_to_scheduler();
     return;
   }
@@ -57,28 +105,17 @@ void meet(const char* verb, void* mine, void (*complete)(void* const* lanes), Wh
 
 void warp_barrier(Where where) {
   char nothing = 0;
-  meet("warp_barrier", &nothing, [](void* const*) { block->shared.warp_barrier(thread / kLanes); }, where);
+  meet("warp_barrier", &nothing, [](void* const*) { cluster->shared.warp_barrier(warp_index()); }, where);
 }
 
 void block_barrier(Where where) {
   char nothing = 0;
-  meet(
-      "block_barrier", &nothing,
-      [](void* const*) {
-        if (block->warps_exited) fail(warp->where, "a block barrier waits for warps that have left the kernel");
-        for (const Warp& other : block->warps)
-          if (other.at_block_barrier && other.where.line != warp->where.line)
-            fail(warp->where, "warps of one block meet at different barriers: the other at %s:%d", other.where.file, other.where.line);
-        warp->at_block_barrier = true;
-        if (++block->warps_at_barrier < static_cast<int>(block->warps.size())) return;
-        block->warps_at_barrier = 0;
-        block->shared.block_barrier();
-        for (Warp& each : block->warps) {
-          each.at_block_barrier = false;
-          each.ready = kAllLanes;
-        }
-      },
-      where);
+  meet("block_barrier", &nothing, [](void* const*) { come_to(WarpBarrier::kOfBlock); }, where);
+}
+
+void cluster_barrier(Where where) {
+  char nothing = 0;
+  meet("cluster_barrier", &nothing, [](void* const*) { come_to(WarpBarrier::kOfCluster); }, where);
 }
 
 void wait_until_equal(const int* value, int expected, Where where) {
@@ -103,8 +140,8 @@ void park(Where where, const char* format, ...) {
   run_another_lane();
 }
 
-void unpark(Block& its_block, int its_thread) {
-  Warp& its_warp = its_block.warps[its_thread / kLanes];
+void unpark(int its_thread) {
+  Warp& its_warp = cluster->warps[its_thread / kLanes];
   const uint32_t bit = 1u << (its_thread % kLanes);
   its_warp.parked &= ~bit;
   its_warp.ready |= bit;
@@ -124,15 +161,17 @@ void check_global(const void* address, int bytes, int alignment, bool writes, Wh
   fail(where, "global %s of %d bytes at %p lies in no array", writes ? "write" : "read", bytes, address);
 }
 
-void read_shared(uint32_t address, void* to, int bytes, Where where) { block->shared.read(thread, address, to, bytes, where); }
+void read_shared(uint32_t address, void* to, int bytes, Where where) {
+  cluster->shared.read(thread, here(address), to, bytes, where);
+}
 void write_shared(uint32_t address, const void* from, int bytes, Where where) {
-  block->shared.write(thread, address, from, bytes, where);
+  cluster->shared.write(thread, here(address), from, bytes, where);
 }
 void read_shared_for_lane(int lane, uint32_t address, void* to, int bytes, Where where) {
-  block->shared.read(thread / kLanes * kLanes + lane, address, to, bytes, where);
+  cluster->shared.read(thread / kLanes * kLanes + lane, here(address), to, bytes, where);
 }
 void write_shared_for_lane(int lane, uint32_t address, const void* from, int bytes, Where where) {
-  block->shared.write(thread / kLanes * kLanes + lane, address, from, bytes, where);
+  cluster->shared.write(thread / kLanes * kLanes + lane, here(address), from, bytes, where);
 }
 
 void read_global(const void* from, void* to, int bytes, Where where) {
@@ -146,8 +185,8 @@ void write_global(void* to, const void* from, int bytes, Where where) {
 
 void begin_copy(uint32_t address, const void* from, int bytes, Where where) {
   if (from) check_global(from, bytes, bytes, false, where);
-  block->shared.begin_copy(thread, address, bytes, where);
-  this_lane().copies.push_back({address, from, bytes, this_lane().groups_committed, where});
+  cluster->shared.begin_copy(thread, here(address), bytes, where);
+  this_lane().copies.push_back({here(address), from, bytes, this_lane().groups_committed, where});
 }
 void commit_copies() { ++this_lane().groups_committed; }
 void wait_for_copies(int pending_groups) {
@@ -157,9 +196,42 @@ void wait_for_copies(int pending_groups) {
     const Copy& copy = lane.copies[landed];
     if (copy.group >= lane.groups_committed - pending_groups) break;
     static const unsigned char zeros[16] = {};
-    block->shared.land_copy(thread, copy.address, copy.from ? copy.from : zeros, copy.bytes, copy.where);
+    cluster->shared.land_copy(thread, copy.place, copy.from ? copy.from : zeros, copy.bytes, copy.where);
   }
   lane.copies.erase(lane.copies.begin(), lane.copies.begin() + landed);
+}
+
+// ---- the shared memory of another block ---------------------------------------------------------------------------------------------
+
+uint32_t address_in_cluster(uint32_t address, int rank, Where where) {
+  check_rank(rank, where);
+  if (address - kSharedBase >= static_cast<uint32_t>(launch->shared_bytes))
+    fail(where, "the address of offset %d in another block; blocks have %d bytes", static_cast<int>(address - kSharedBase),
+         launch->shared_bytes);
+  return static_cast<uint32_t>(rank + 1) << kRankShift | address;
+}
+
+void check_reach(int rank, Where where) {
+  check_rank(rank, where);
+  if (rank == warp->rank) return;
+  cluster->shared.check_begun(thread, rank, where);
+  if (has_left(cluster->blocks[rank])) fail(where, "reaches into block %d, which has left the kernel", index_of_block(rank));
+}
+
+Place place_in_cluster(uint32_t cluster_address) {
+  return {static_cast<int>(cluster_address >> kRankShift) - 1, cluster_address & ((1u << kRankShift) - 1)};
+}
+
+Place visited(uint32_t cluster_address, Where where) {
+  const Place place = place_in_cluster(cluster_address);
+  check_reach(place.rank, where);
+  if (place.rank != warp->rank) cluster->shared.note_visit(thread, place.rank, where);
+  return place;
+}
+
+void write_shared_in_cluster(uint32_t cluster_address, const void* from, int bytes, Where where) {
+  const Place place = visited(cluster_address, where);
+  cluster->shared.write(thread, place, from, bytes, where);
 }
 
 }  // namespace twin

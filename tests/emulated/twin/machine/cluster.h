@@ -1,7 +1,9 @@
-// The state of resident blocks, and of the thread that runs: for the files of the machine itself.
+// The state of resident clusters, and of the thread that runs: for the files of the machine itself. A cluster is what runs together;
+// without clusters that is one block. Its warps and threads are numbered through its blocks; a block has a rank in it.
 #pragma once
 
-#include <memory>
+#include <map>
+#include <string>
 #include <vector>
 
 #include "machine/barriers.h"
@@ -17,7 +19,7 @@ namespace twin {
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 struct Copy {
-  uint32_t address;
+  Place place;
   const void* from;
   int bytes;
   int group;
@@ -34,6 +36,9 @@ struct Lane {
   Where waits_at;
 };
 
+// Barriers of the hardware that whole warps come to, all of them.
+enum class WarpBarrier : uint8_t { kNone, kOfBlock, kOfCluster };
+
 struct Warp {
   // Each lane is in exactly one of these sets, or it is the one that runs, which counts as ready.
   uint32_t ready = 0;
@@ -41,7 +46,8 @@ struct Warp {
   uint32_t polling = 0;  // in wait_until_equal
   uint32_t parked = 0;   // in park
   uint32_t exited = 0;
-  bool at_block_barrier = false;  // all lanes have met there
+  WarpBarrier waits_at = WarpBarrier::kNone;  // all lanes have met there
+  int rank = 0;                               // of its block
 
   const char* verb = nullptr;  // the meeting under way
   Where where;
@@ -53,16 +59,20 @@ struct Warp {
   ProductQueue products;
 };
 
+// What each block of a cluster has of its own.
 struct Block {
+  NamedBarrier named_barriers[kNamedBarriers];
+  RegisterPool registers;
+  int warps_exited = 0;
+};
+
+struct Cluster {
   int index = -1;
   SharedMemory shared;
+  std::vector<Block> blocks;
   std::vector<Warp> warps;
   std::vector<Lane> lanes;
-  int warps_at_barrier = 0;
-  int warps_exited = 0;
-
-  Barriers barriers;
-  RegisterPool registers;
+  std::map<Place, Mbarrier> barriers;
   CopyEngine engine;
   std::vector<ProductHistory> histories;  // one for each warpgroup
 };
@@ -70,14 +80,30 @@ struct Block {
 // ---- the thread that runs -----------------------------------------------------------------------------------------------------------
 
 extern const Launch* launch;
-extern Block* block;
+extern Cluster* cluster;
 extern Warp* warp;
 extern int thread;
 extern Random schedule;
 
 inline int warp_index() { return thread / kLanes; }
-inline Lane& this_lane() { return block->lanes[thread]; }
+inline Lane& this_lane() { return cluster->lanes[thread]; }
 inline uint32_t this_bit() { return 1u << (thread % kLanes); }
+inline Block& this_block() { return cluster->blocks[warp->rank]; }
+inline int warps_of_block() { return launch->threads / kLanes; }
+// The running thread's own shared memory.
+inline Place here(uint32_t address) { return {warp->rank, address}; }
+
+inline int index_of_block(int rank) { return cluster->index * static_cast<int>(cluster->blocks.size()) + rank; }
+inline bool has_left(const Block& its_block) { return its_block.warps_exited == warps_of_block(); }
+// Stops the launch unless the running thread may touch the shared memory of the block of this rank, and knows that it may.
+void check_reach(int rank, Where where);
+// What an address of the cluster points at.
+Place place_in_cluster(uint32_t cluster_address);
+// The same where the running thread is about to write or arrive there.
+Place visited(uint32_t cluster_address, Where where);
+// In messages: with the block where a cluster has several.
+std::string name_of_thread(int its_thread);
+std::string name_of_offset(Place place);
 
 // What `fail` throws.
 struct Failure {};
@@ -87,7 +113,7 @@ void switch_to_scheduler();
 void run_another_lane();
 // Takes the running lane out of the race until somebody calls `unpark` for it. `format` says what it waits for.
 void park(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
-void unpark(Block& its_block, int its_thread);
+void unpark(int its_thread);
 
 // Stops the launch if the running warp, all of whose lanes have left the kernel, has products under way or has missed some.
 void check_products_at_exit();
