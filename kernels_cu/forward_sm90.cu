@@ -170,6 +170,10 @@ struct Turns {
   }
 };
 
+// The output is rescaled right before its product where it has no registers to wait in, and where a branch skips that: at a step's end
+// the branch would make ptxas move all exponentials before the wait for the product.
+constexpr bool kRescalesFirst = Config::head_dim_v > 128 || Config::lazy_rescale;
+
 // Dropout takes as many instructions as the softmax. What registers allow of it is drawn while the tensor cores are at the scores.
 constexpr int kEarlyDraws = Config::dropout && !Config::softcap ? Config::early_draws : 0;
 
@@ -258,7 +262,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       turns.wait();
       tile::start_transposed<Element, Config::head_dim, kBlockM, kBlockN>(scores, shared.q.stage(query_use), group_row,
                                                                           shared.k.stage(use + 1));
-      if constexpr (Config::head_dim_v > 128) rescale_out();  // the output has no registers to wait in: scale it before its product
+      if constexpr (kRescalesFirst) rescale_out();
       shared.v.wait_full(use);
       tile::start_registers<Element, Config::head_dim_v, kBlockN>(out, probabilities, shared.v.stage(use));
       turns.pass();
@@ -294,7 +298,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       ++use;
       drop(scores, n_block, draws);
       tile::to_operand<Element>(probabilities, scores);
-      if constexpr (Config::head_dim_v <= 128) rescale_out();
+      if constexpr (!kRescalesFirst) rescale_out();
     };
 
     // Probabilities of a tile's first block; beyond its first kKeys keys there are none.
@@ -338,7 +342,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
 #pragma unroll 1
         for (; n_block >= blocks.begin; --n_block) step(n_block, True{});
       }
-      if constexpr (Config::head_dim_v > 128) rescale_out();
+      if constexpr (kRescalesFirst) rescale_out();
       shared.v.wait_full(use);
       tile::start_registers<Element, Config::head_dim_v, kBlockN>(out, probabilities, shared.v.stage(use));
       arch::product_wait<0>();

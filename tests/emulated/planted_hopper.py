@@ -69,9 +69,9 @@ FORWARD_BUGS = [
     forward_bug("missing wait for keys", error=TwinError, message=RACE,
         before="      shared.k.wait_full(use + 1);\n", after=""),
     forward_bug("missing wait for values", error=TwinError, message=ARRIVING,
-        before="rescale_out();  // the output has no registers to wait in: scale it before its product\n"
+        before="shared.k.stage(use + 1));\n      if constexpr (kRescalesFirst) rescale_out();\n"
                "      shared.v.wait_full(use);",
-        after="rescale_out();"),
+        after="shared.k.stage(use + 1));\n      if constexpr (kRescalesFirst) rescale_out();"),
     forward_bug("half of the bytes announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
         before="kFillBytes);\n    return", after="kFillBytes / 2);\n    return"),
     forward_bug("one reader too few counted", error=TwinError,

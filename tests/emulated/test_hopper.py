@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cases import Case, poison_unused, select
+from cases import IN_CLUSTERS, Case, poison_unused, select
 from cuflash import tiles_sm90
 from cuflash.dropout import keep_mask
 from cuflash.testing import Arrays, check
@@ -250,38 +250,11 @@ def test_heads_of_a_group_add_to_sums(case: Case) -> None:
     assert report.ok, f"\n{report}"
 
 
-# Tiles that differ in what they see of what is loaded for their cluster; more of them than there are clusters.
-CLUSTERS = {
-    "heads of a group": ("forward", Case("heads", seqlen_q=203, seqlen_k=333, num_heads=4, head_dim=128, causal=True)),
-    "blocks of queries": ("forward", Case("blocks", seqlen_q=450, seqlen_k=333, head_dim=256, window_size=(150, 40))),
-    "blocks of three consumers": ("forward", Case("three", seqlen_q=380, seqlen_k=450, num_kv_heads=2, causal=True)),
-    "a block past the end": ("forward", Case("past", seqlen_q=333, seqlen_k=333, head_dim=128, causal=True)),
-    "shared output staging": (
-        "forward", Case("192", seqlen_q=203, seqlen_k=450, head_dim=192, dtype="float16", dropout_p=0.2)
-    ),
-    "padded heads": ("forward", Case("used", **_USED, seqlen_q=203, num_heads=4, head_dim=128, causal=True)),
-    "packed heads of a group": (
-        "forward", Case("packed", seqlen_q=20, seqlen_k=333, num_heads=32, num_kv_heads=2, alibi="head")
-    ),
-    "blocks of keys": ("backward", Case("full", seqlen_q=333, seqlen_k=500, head_dim=128)),
-    "blocks of keys on the diagonal": (
-        "backward", Case("causal", seqlen_q=500, seqlen_k=500, num_kv_heads=1, head_dim=128, causal=True, dropout_p=0.2)
-    ),
-    "blocks of keys, dq of 64 columns": ("backward", Case("64", seqlen_q=333, seqlen_k=256, causal=True, batch=2)),
-    "blocks of padded keys": ("backward", Case("padded", **_USED | {"seqlen_k": 500}, seqlen_q=203, head_dim=96)),
-    "blocks of keys, groups split": (
-        "backward",
-        Case("split", seqlen_q=203, seqlen_k=256, num_heads=4, num_kv_heads=2, head_dim=128, causal=True),
-    ),
-}  # fmt: skip
-IN_CLUSTERS = (("cluster_size", 2),)
-
-
-@pytest.mark.parametrize("name", CLUSTERS)
+@pytest.mark.parametrize("name", IN_CLUSTERS)
 def test_clusters_share_what_is_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pass_, case = CLUSTERS[name]
+    pass_, case = IN_CLUSTERS[name]
     monkeypatch.setattr(tiles_sm90, "CLUSTERS_PAY", 2.0)  # a tile may lie past the end
-    tile = IN_CLUSTERS + ((("split_groups_from", 1),) if name.endswith("split") else ())
+    tile = (("cluster_size", 2),) + ((("split_groups_from", 1),) if name.endswith("split") else ())
     problem = problem_of(case.problem(), case.arrays())
     for seed in SEEDS:
         schedule = Schedule(seed, resident_blocks=2 + 2 * seed)
@@ -289,6 +262,16 @@ def test_clusters_share_what_is_copied(name: str, monkeypatch: pytest.MonkeyPatc
         assert getattr(emulation, f"plan_{pass_}")(problem).cluster_size == 2
         report = check(run(pass_, case, emulation), problem, case.arrays())
         assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("softmax_scale", [0.125, 3.0])  # maxima within 2^8 of each other, and beyond
+@pytest.mark.parametrize("row", ["own output staging", "two consumers in turn"])
+def test_rows_may_rescale_lazily(row: str, softmax_scale: float) -> None:
+    case = replace(FORWARD_ROWS[row], softmax_scale=softmax_scale)
+    arrays = case.arrays()
+    emulation = replace(emulation_of(case), tile=(("lazy_rescale", True),))
+    report = check(run("forward", case, emulation), problem_of(case.problem(), arrays), arrays)
+    assert report.ok, f"\n{report}"
 
 
 @pytest.mark.parametrize("row", ["own output staging", "shared output staging", "two consumers in turn"])

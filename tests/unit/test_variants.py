@@ -42,6 +42,7 @@ def test_what_they_ask_about_compiles(question, name):
         for spec, text in {step.spec: text for step, text in planned(question)}.items():
             report = nvrtc.compile_text(text, spec.arch, name=spec.source)
             assert report.warnings == (), "C7508 to C7515: products wait for each other"
+            assert report.spill_stores == 0
 
 
 def test_a_variant_keeps_its_calls_launches_and_kernels_to_itself():

@@ -117,43 +117,6 @@ CLUSTER_KERNEL(64, 1, kBlocks) shared_tiles(GRID_CONSTANT ClusterParams params) 
   if (variant != kNoBarrierAtEnd) arch::cluster_barrier();
 }
 
-// The first block's lanes store words in the last block, which adds them up.
-CLUSTER_KERNEL(32, 1, kBlocks) stored_words(GRID_CONSTANT ClusterParams params) {
-  enum { kRight, kWaitInBlock, kNoWait, kClusterBarrier, kNoWaitForReader, kBeforeStart };
-  const int variant = params.variant, rank = arch::cluster_rank<kBlocks>(), last = kBlocks - 1;
-  const SharedAddress words = arch::shared_base(), full = words + 4 * kWarpSize, empty = full + kBarrierBytes;
-  const SharedAddress mine = words + 4 * arch::lane_index(), next = words + 4 * ((arch::lane_index() + 1) % kWarpSize);
-  if (arch::thread_index() == 0) {
-    arch::barrier_init(full, 1);
-    arch::barrier_init(empty, 1);
-    arch::fence_barrier_init();
-  }
-  if (variant == kBeforeStart && rank == 0) arch::store_shared(arch::in_cta(mine, last), 0u);
-  arch::cluster_barrier();
-  int sum = 0;
-  for (int use = 0; use < params.rounds; ++use) {
-    if (rank == 0) {
-      if (variant != kNoWaitForReader) arch::barrier_wait(empty, (use & 1) ^ 1);
-      arch::store_shared(arch::in_cta(mine, last), static_cast<uint32>(use + arch::lane_index()));
-      arch::warp_barrier();
-      if (arch::lane_index() == 0) arch::barrier_arrive(arch::in_cta(full, last));
-    }
-    if (variant == kClusterBarrier) arch::cluster_barrier();
-    if (rank == last) {
-      if (variant == kWaitInBlock) {
-        arch::barrier_wait(full, use & 1);
-      } else if (variant != kNoWait && variant != kClusterBarrier) {
-        arch::barrier_wait_in_cluster(full, use & 1);
-      }
-      sum += arch::load_shared_int(next);
-      arch::warp_barrier();
-      if (arch::lane_index() == 0) arch::barrier_arrive(arch::in_cta(empty, 0));
-    }
-  }
-  if (rank == last) params.out[arch::block_index() / kBlocks * kWarpSize + arch::lane_index()] = sum;
-  arch::cluster_barrier();
-}
-
 // The first block sends words to the last one, through two slots; each block adds them up.
 CLUSTER_KERNEL(32, 1, kBlocks) sent_words(GRID_CONSTANT ClusterParams params) {
   enum { kRight, kNoWait, kNoWaitForReader, kOtherBlocksBarrier, kNotAnnounced, kArrivesTwice, kLeaves };
@@ -191,9 +154,28 @@ CLUSTER_KERNEL(32, 1, kBlocks) sent_words(GRID_CONSTANT ClusterParams params) {
   if (variant != kLeaves) arch::cluster_barrier();
 }
 
+namespace {
+
+// Warps of a block wait for each other by way of the other block: each arrives there, and once more when it has heard from there.
+DEVICE void meet_through_other_block(SharedAddress barriers) {
+  const int other = arch::cluster_rank<kBlocks>() ^ 1;
+  if (arch::thread_index() == 0) {
+    for (int way = 0; way < 2; ++way) arch::barrier_init(barriers + way * kBarrierBytes, 2);
+    arch::fence_barrier_init();
+  }
+  arch::cluster_barrier();
+  for (int way = 0; way < 2; ++way) {
+    arch::warp_barrier();
+    if (arch::lane_index() == 0) arch::barrier_arrive(arch::in_cta(barriers + way * kBarrierBytes, other));
+    arch::barrier_wait(barriers + way * kBarrierBytes, 0);
+  }
+}
+
+}  // namespace
+
 // Every block has its own named barriers, block barriers and registers.
 CLUSTER_KERNEL(64, 1, kBlocks) own_barriers(GRID_CONSTANT ClusterParams params) {
-  enum { kRight, kLeaves, kClusterBarrier };
+  enum { kRight, kLeaves, kClusterBarrier, kThroughOtherBlock };
   const SharedAddress mine = arch::shared_base() + 4 * arch::thread_index();
   const SharedAddress other = arch::shared_base() + 4 * ((arch::thread_index() + kWarpSize) % (2 * kWarpSize));
   const int first = arch::block_index() * 100 + arch::thread_index();
@@ -203,6 +185,8 @@ CLUSTER_KERNEL(64, 1, kBlocks) own_barriers(GRID_CONSTANT ClusterParams params) 
   if (params.variant == kLeaves && arch::cluster_rank<kBlocks>() == 0 && arch::warp_index() == 1) return;
   if (params.variant == kClusterBarrier) {
     arch::cluster_barrier();
+  } else if (params.variant == kThroughOtherBlock) {
+    meet_through_other_block(arch::shared_base() + 4 * 2 * kWarpSize);
   } else {
     arch::block_barrier();
   }

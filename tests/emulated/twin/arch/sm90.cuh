@@ -22,7 +22,7 @@ DEVICE void barrier_arrive_expecting(SharedAddress barrier, int bytes, Where whe
   twin::arrive_at_barrier(barrier, bytes, where);
 }
 DEVICE void barrier_wait(SharedAddress barrier, uint32 parity, Where where = {}) {
-  twin::wait_for_phase(barrier, parity, twin::Scope::kBlock, where);
+  twin::wait_for_phase(barrier, parity, where);
 }
 
 DEVICE void named_barrier_sync(int id, int threads, Where where = {}) { twin::named_barrier(id, threads, true, where); }
@@ -74,12 +74,6 @@ DEVICE ClusterAddress in_cta(SharedAddress address, int rank, Where where = {}) 
 DEVICE void barrier_arrive(ClusterAddress barrier, Where where = {}) { twin::arrive_in_cluster(barrier.value, 0, where); }
 DEVICE void barrier_arrive_expecting(ClusterAddress barrier, int bytes, Where where = {}) {
   twin::arrive_in_cluster(barrier.value, bytes, where);
-}
-DEVICE void barrier_wait_in_cluster(SharedAddress barrier, uint32 parity, Where where = {}) {
-  twin::wait_for_phase(barrier, parity, twin::Scope::kCluster, where);
-}
-DEVICE void store_shared(ClusterAddress address, uint32 value, Where where = {}) {
-  twin::write_shared_in_cluster(address.value, &value, sizeof value, where);
 }
 DEVICE void send(ClusterAddress address, uint32 value, ClusterAddress barrier, Where where = {}) {
   twin::send_word(address.value, value, barrier.value, where);

@@ -28,7 +28,7 @@ void end_phase_if_complete(Mbarrier& barrier) {
   ++barrier.phase;
   barrier.missing_arrivals = barrier.arrivals_of_phase;
   barrier.told = barrier.gathered;
-  barrier.gathered = Told();
+  barrier.gathered = Knowledge();
   wake(barrier.waiting);
 }
 
@@ -40,8 +40,11 @@ void arrive(Place place, int expected_bytes, Where where) {
   if (expected_bytes > kMaxBytes) fail(where, "announces %d bytes; a barrier counts to %d", expected_bytes, kMaxBytes);
   --barrier.missing_arrivals;
   barrier.missing_bytes += expected_bytes;
-  Knowledge& gathered = place.rank == warp->rank ? barrier.gathered.by_own_block : barrier.gathered.by_other_blocks;
-  gathered.join(cluster->shared.told_by_thread(thread));
+  const Knowledge told = cluster->shared.told_by_thread(thread);
+  if (place.rank == warp->rank)
+    barrier.gathered.join(told);
+  else
+    barrier.gathered.join_ends_of_reads(told, place.rank);
   end_phase_if_complete(barrier);
 }
 
@@ -136,19 +139,18 @@ void fence_barrier_init() {
 void arrive_at_barrier(uint32_t address, int expected_bytes, Where where) { arrive(here(address), expected_bytes, where); }
 
 void arrive_in_cluster(uint32_t cluster_address, int expected_bytes, Where where) {
-  arrive(visited(cluster_address, where), expected_bytes, where);
+  const Place place = place_in_cluster(cluster_address);
+  check_reach(place.rank, where);
+  if (place.rank != warp->rank) cluster->shared.note_visit(thread, place.rank, where);
+  arrive(place, expected_bytes, where);
 }
 
-void wait_for_phase(uint32_t address, uint32_t parity, Scope scope, Where where) {
+void wait_for_phase(uint32_t address, uint32_t parity, Where where) {
   if (parity > 1) fail(where, "a phase of parity %u", parity);
   for (;;) {
     Mbarrier& barrier = find(here(address), where);
     if ((barrier.phase & 1) != parity) {
-      cluster->shared.learn(warp_index(), barrier.told.by_own_block);
-      if (scope == Scope::kCluster)
-        cluster->shared.learn(warp_index(), barrier.told.by_other_blocks);
-      else
-        cluster->shared.learn_ends_of_reads(warp_index(), barrier.told.by_other_blocks);
+      cluster->shared.learn(warp_index(), barrier.told);
       return;
     }
     barrier.waiting.push_back(thread);
@@ -164,7 +166,7 @@ void check_barrier_for_copy(Place barrier, Where where) {
 void complete_bytes(Place place, int bytes) {
   Mbarrier& barrier = cluster->barriers.at(place);
   barrier.missing_bytes -= bytes;
-  barrier.gathered.by_own_block.until[engine_of(place.rank)] = cluster->shared.told_by_engine();
+  barrier.gathered.until[engine_of(place.rank)] = cluster->shared.told_by_engine();
   end_phase_if_complete(barrier);
 }
 

@@ -10,24 +10,19 @@
 
 namespace twin {
 
-// What arrivals tell. Those of the barrier's own block tell everything to all that wait, as the engine does; those of other blocks
-// do so where a wait acquires from the whole cluster, and else only tell that reads have ended.
-struct Told {
-  Knowledge by_own_block;
-  Knowledge by_other_blocks;
-};
-
 // Eight bytes of shared memory. A phase ends when all arrivals and all announced bytes have come; phases are counted from 0.
+// Arrivals of the barrier's own block tell everything to all that wait, as the engine does; those of other blocks only tell that
+// reads have ended.
 struct Mbarrier {
   int arrivals_of_phase = 0;
   int missing_arrivals = 0;
   int missing_bytes = 0;
   uint32_t phase = 0;
   int made_by = 0;
-  Time fenced_at = 0;           // since it was made, so that the engine and other blocks see it
-  Told gathered;                // in this phase
-  Told told;                    // by the phase that ended last
-  std::vector<int> waiting;     // threads
+  Time fenced_at = 0;        // since it was made, so that the engine and other blocks see it
+  Knowledge gathered;        // in this phase
+  Knowledge told;            // by the phase that ended last
+  std::vector<int> waiting;  // threads
 };
 
 struct NamedBarrier {

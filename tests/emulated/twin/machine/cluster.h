@@ -99,8 +99,6 @@ inline bool has_left(const Block& its_block) { return its_block.warps_exited == 
 void check_reach(int rank, Where where);
 // What an address of the cluster points at.
 Place place_in_cluster(uint32_t cluster_address);
-// The same where the running thread is about to write or arrive there.
-Place visited(uint32_t cluster_address, Where where);
 // In messages: with the block where a cluster has several.
 std::string name_of_thread(int its_thread);
 std::string name_of_offset(Place place);

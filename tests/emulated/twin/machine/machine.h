@@ -75,9 +75,7 @@ void wait_for_copies(int pending_groups);
 void init_barrier(uint32_t address, int arrivals, Where where);
 void fence_barrier_init();
 void arrive_at_barrier(uint32_t address, int expected_bytes, Where where);
-// Whose arrivals a wait acquires from; those of others still tell that reads have ended.
-enum class Scope { kBlock, kCluster };
-void wait_for_phase(uint32_t address, uint32_t parity, Scope scope, Where where);
+void wait_for_phase(uint32_t address, uint32_t parity, Where where);
 void named_barrier(int id, int threads, bool waits, Where where);
 void lower_registers(int count, Where where);
 void raise_registers(int count, Where where);
@@ -100,7 +98,6 @@ void fence_proxy();
 // The cluster's address of what the running block has at `address`, in the block of a rank.
 uint32_t address_in_cluster(uint32_t address, int rank, Where where);
 void arrive_in_cluster(uint32_t cluster_address, int expected_bytes, Where where);
-void write_shared_in_cluster(uint32_t cluster_address, const void* from, int bytes, Where where);
 // Writes a word at a moment of the engine's own, and completes its bytes on a barrier of the same block.
 void send_word(uint32_t cluster_address, uint32_t word, uint32_t cluster_barrier, Where where);
 // Bit r of `ranks`: the box comes to the block of rank r, and completes its bytes on the barrier there.

@@ -186,7 +186,7 @@ void SharedMemory::cluster_barrier() {
   for (const Knowledge& known : known_) all.join(known);
   const int num_warps = static_cast<int>(known_.size());
   for (int warp = 0; warp < num_warps; ++warp) all.until[reads_of(warp)] = clock_;
-  for (int warp = 0; warp < num_warps; ++warp) learn_ends_of_reads(warp, all);
+  for (int warp = 0; warp < num_warps; ++warp) known_[warp].join_ends_of_reads(all, rank_of(warp));
   cluster_fence_ = clock_;
 }
 

@@ -72,7 +72,6 @@ class SharedMemory {
   Knowledge told_by_thread(int thread);
   Knowledge told_by_warp(int warp);
   void learn(int warp, const Knowledge& told) { known_[warp].join(told); }
-  void learn_ends_of_reads(int warp, const Knowledge& told) { known_[warp].join_ends_of_reads(told, rank_of(warp)); }
   // What the end of a copy by the engine tells.
   Time told_by_engine() { return ++clock_; }
 
@@ -80,7 +79,7 @@ class SharedMemory {
 
   // Stops the launch unless `thread` knows that another block runs: before, and after, there is nothing to reach.
   void check_begun(int thread, int rank, Where where) const;
-  // Another block than the thread's own, whose memory the thread writes or arrives at.
+  // Another block than the thread's own, at one of whose barriers the thread arrives.
   void note_visit(int thread, int rank, Where where);
   // A block has left: it must know of the end of all visits, and of all copies to its memory.
   void check_end_of_block(int rank) const;

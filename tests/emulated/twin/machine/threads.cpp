@@ -222,16 +222,4 @@ Place place_in_cluster(uint32_t cluster_address) {
   return {static_cast<int>(cluster_address >> kRankShift) - 1, cluster_address & ((1u << kRankShift) - 1)};
 }
 
-Place visited(uint32_t cluster_address, Where where) {
-  const Place place = place_in_cluster(cluster_address);
-  check_reach(place.rank, where);
-  if (place.rank != warp->rank) cluster->shared.note_visit(thread, place.rank, where);
-  return place;
-}
-
-void write_shared_in_cluster(uint32_t cluster_address, const void* from, int bytes, Where where) {
-  const Place place = visited(cluster_address, where);
-  cluster->shared.write(thread, place, from, bytes, where);
-}
-
 }  // namespace twin
