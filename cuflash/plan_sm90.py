@@ -93,7 +93,9 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     if heads > 1:
         tile = forward_row(*sizes, causal=causal, extras=extras, packed=True)
     queries = tile.block_m // heads
-    size, cluster_heads = tile.clusters(problem.group_size // heads, num_blocks(layout.seqlen_q, queries))
+    masked = causal or problem.mask.left is not None
+    blocks = num_blocks(layout.seqlen_q, queries)
+    size, cluster_heads = tile.clusters(problem.group_size // heads, blocks, masked=masked)
     config = score_config(problem) | {
         "block_n": ("int", tile.block_n),
         "num_consumers": ("int", tile.num_consumers),
@@ -109,8 +111,7 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "cluster_heads": ("int", cluster_heads),
     }
     spec = kernel_spec("forward_sm90", config, device.arch)
-    blocks = num_blocks(layout.seqlen_q, queries * (size // cluster_heads))
-    clusters = blocks * (problem.num_heads // (heads * cluster_heads)) * layout.batch
+    clusters = blocks * (problem.num_heads // heads) * layout.batch // size
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": queries, "k": tile.block_n, "v": tile.block_n, "out": min(queries, WARPGROUP_ROWS)}
     grid = size * min(device.sm_count // size, clusters)

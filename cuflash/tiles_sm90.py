@@ -21,7 +21,6 @@ PACKED_HEADS = (1, 2, 4, 8)
 # Blocks of queries; of groups half under a mask that cuts to the right, else a quarter. On an H100, D 128: gains 12 to
 # 25 % at 512, 0 to 2 % at 4096, would lose 2 % at 8192. Groups of 8 gain 4 % at 2048 causal, would lose 4 % full.
 FIRST_STORES_BLOCKS = 64
-CLUSTERS_PAY = 1.02  # of a head's query blocks: clusters with an idle half cost what the others save (unmeasured)
 PACKING_PAYS = 0.75  # of the rows that tiles of one head compute: 0.67 and 0.5 of them gave 1.5 and 1.3 times the speed
 
 
@@ -99,22 +98,22 @@ class ForwardRow:
         barriers = 2 * (self.query_stages + 2 * STAGES) * BARRIER_BYTES
         return (q + staged if self.out_chunks else max(q, out)) + STAGES * k_and_v + barriers + QUEUE_BYTES
 
-    def clusters(self, group_size: int, query_blocks: int) -> tuple[int, int]:
+    def clusters(self, group_size: int, query_blocks: int, *, masked: bool) -> tuple[int, int]:
         """Choose how many thread blocks share keys and values, and whether they have heads of a group or query blocks.
 
-        Heads of a group see the same keys; neighbouring query blocks nearly the same. Returns the size of a cluster and
-        the heads (or packs of them) in it. ``query_blocks`` are those of a head, ``group_size`` its group's heads.
+        Heads of a group see the same keys. Query blocks do so where no mask cuts; else each would wait for the other
+        where it sees nothing. Returns the size of a cluster and the heads (or packs of them) in it. ``query_blocks``
+        are those of a head, ``group_size`` its group's heads (or packs).
 
         >>> from dataclasses import replace
         >>> row = replace(forward_row(256, 256, 8192, causal=False, extras=0), cluster_size=2)
-        >>> row.clusters(8, 64), row.clusters(1, 64), row.clusters(1, 3)
+        >>> row.clusters(8, 64, masked=True), row.clusters(1, 64, masked=False), row.clusters(1, 64, masked=True)
         ((2, 2), (2, 1), (1, 1))
         """
         size = self.cluster_size
         if group_size % size == 0:
             return size, size
-        pays = -(-query_blocks // size) * size <= CLUSTERS_PAY * query_blocks
-        return (size, 1) if pays else (1, 1)
+        return (1, 1) if masked or query_blocks % size else (size, 1)
 
     def describe(self) -> str:
         schedule = [f"{self.num_consumers} consumer warpgroups"]

@@ -45,6 +45,7 @@ constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueByt
 using Keys = tile::Pipeline<1, kKeyBytes>;
 using Values = tile::Pipeline<1, kValueBytes>;
 constexpr int kCtas = Config::cluster_size;
+static_assert(kCtas == 1 || !Config::window_left, "there are no registers for what a second edge lets pass");
 using Queries = tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes, kCtas>;
 using Douts = tile::Pipeline<2, kDoutBytes, kDoutBytes + kStatisticBytes, kCtas>;
 using TileQueue = tile::TileQueue<kCtas>;
@@ -106,7 +107,7 @@ DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared)
     const SharedAddress v_barrier = shared.v.begin_fill(round);
     tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.data, params.v, v_barrier, at.block * kBlockN, kv_head, at.batch);
     // Two steps before the tile's end at most: drawn at its beginning, the longest tiles would fall to the CTAs with the longest.
-    if (TileQueue::draws()) arch::barrier_wait(shared.copied, round & 1);  // the queries of other CTAs can be a phase ahead of it
+    if (TileQueue::is_first_cta()) arch::barrier_wait(shared.copied, round & 1);  // in others it may have passed this phase twice
     index = TileQueue::draw_in_order(common.tile_counter, common.num_tiles);
   }
 }
@@ -293,11 +294,11 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       shared.q.wait_full(use);
       shared.dout.wait_full(use);
       arch::warp_barrier();  // no lane is left behind in a wait whose phase the leader lets pass
-      if (leader) shared.dout.release(use);
+      shared.dout.release(use, arch::lane_index());
     };
     if (!work.is_seen(band, here)) {
       pass_by();
-      if (leader) shared.q.release(use);
+      shared.q.release(use, arch::lane_index());
       decide_dropped(work.next(here));
       continue;
     }
@@ -305,7 +306,7 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, used, shape.seqlen_q,
                                                                   tile::AtOneBarrier<kConsumerThreads>{kClearBarrier});
     if constexpr (kBlind) {
-      if (!band.template reaches<kBlockM>(query, first_key + group_key)) {
+      if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
         pass_by();
         if constexpr (Config::with_dq) {
           const uint32 no_ds[kSize / 2] = {};
@@ -316,7 +317,7 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
           arch::pin(dq);
           hand_over_dq(dq);
         }
-        if (leader) shared.q.release(use);
+        shared.q.release(use, arch::lane_index());
         continue;
       }
     }
@@ -396,7 +397,7 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       arch::product_wait<1>();
       arch::pin(dv);
       arch::pin(p);
-      if (leader) shared.dout.release(use);
+      shared.dout.release(use, arch::lane_index());
     };
     if constexpr (Config::with_dq) tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, ds);
     tile::start_registers<Element, Config::head_dim_v, kBlockM>(dv, p, shared.dout.stage(use));
@@ -418,7 +419,7 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
     arch::product_wait<0>();
     arch::pin(dk);
     arch::pin(ds);
-    if (leader) shared.q.release(use);
+    shared.q.release(use, arch::lane_index());
   }
 
   arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v have been read
@@ -452,7 +453,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
 
 }  // namespace
 
-CLUSTER_KERNEL(kThreads, 1, kCtas) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
+CLUSTER_KERNEL(kThreads, 1, CLUSTER_SIZE) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
   const Shared shared;
   if (arch::thread_index() == 0) {
     shared.k.init(1);
@@ -468,7 +469,7 @@ CLUSTER_KERNEL(kThreads, 1, kCtas) backward_sm90(GRID_CONSTANT BackwardSm90Param
     arch::prefetch(params.dout);
   }
   if (kCtas == 1) arch::block_barrier();
-  else arch::cluster_barrier();
+  else arch::cluster_begin();
   const int warpgroup = arch::warpgroup_index();
   if (warpgroup == 0) {
     arch::lower_registers<kProducerRegisters>();
@@ -482,5 +483,5 @@ CLUSTER_KERNEL(kThreads, 1, kCtas) backward_sm90(GRID_CONSTANT BackwardSm90Param
     arch::raise_registers<kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);
   }
-  if (kCtas > 1) arch::cluster_barrier();  // others may have yet to arrive at this CTA's barriers
+  if (kCtas > 1) arch::cluster_end();
 }

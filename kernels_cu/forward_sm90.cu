@@ -8,7 +8,7 @@
 // so that a slab belongs to one head and everything that depends on the head is the same for all of it.
 //
 // The CTAs of a cluster have tiles with the same keys, of neighbouring query blocks or of neighbouring heads of a group: every key
-// block comes from L2 once for all of them. They stay in step, and let pass what only the other needs.
+// block comes from L2 once for all of them.
 //
 // A consumer keeps scores, probabilities and output in registers. It starts the scores of the next key block before the product
 // of the present probabilities with v, so that the tensor cores work while it exponentiates.
@@ -33,7 +33,8 @@ constexpr int kBlockM = kConsumers * tile::kWarpgroupRows, kBlockN = Config::blo
 constexpr int kQueries = kBlockM / Config::packed_heads;  // of each head of a tile
 constexpr int kGroupQueries = kQueries < tile::kWarpgroupRows ? kQueries : tile::kWarpgroupRows;  // of a head of a warpgroup
 constexpr int kCtas = Config::cluster_size;
-constexpr int kClusterBlocks = kCtas / Config::cluster_heads;  // of queries
+constexpr int kClusterBlocks = kCtas / Config::cluster_heads;  // of queries, which see the same keys
+static_assert(kClusterBlocks == 1 || !(Config::window_left || Config::window_right), "no block waits where only others see keys");
 static_assert(kQueries % tile::kSlabRows == 0 && (kQueries % tile::kWarpgroupRows == 0 || tile::kWarpgroupRows % kQueries == 0),
               "slabs belong to one head, and warpgroups to whole heads or to parts of one");
 // The head and the query of a row of a tile, counted from the tile's first.
@@ -230,8 +231,8 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
         turns.wait();
         turns.pass();
         arch::warp_barrier();  // no lane is left behind in a wait whose phase the leader lets pass
-        if (leader) shared.k.release(use);
-        if (leader) shared.v.release(use);
+        shared.k.release(use, arch::lane_index());
+        shared.v.release(use, arch::lane_index());
       }
     };
 
@@ -269,12 +270,11 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       tile::Draws<kEarlyDraws> draws;
       if constexpr (kEarlyDraws > 0) {
         dropout.draw(draws, query, n_block * kBlockN);
-        arch::pin(draws.word);
-        arch::product_wait_here<1>(shape.num_heads);
+        arch::product_wait_here<1>(draws.known_after(shape.num_heads));
       }
       arch::product_wait<1>();
       arch::pin(scores);
-      if (leader) shared.k.release(use + 1);
+      shared.k.release(use + 1, arch::lane_index());
       if (kOwnOut && (leader & (n_block == blocks.begin))) shared.q.release(query_use);
 
       modify(scores, n_block, cut);
@@ -294,7 +294,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       arch::product_wait<0>();
       arch::pin(out);
       arch::pin(probabilities);
-      if (leader) shared.v.release(use);
+      shared.v.release(use, arch::lane_index());
       ++use;
       drop(scores, n_block, draws);
       tile::to_operand<Element>(probabilities, scores);
@@ -312,7 +312,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       turns.pass();
       arch::product_wait<0>();
       arch::pin(scores);
-      if (leader) shared.k.release(use);
+      shared.k.release(use, arch::lane_index());
       if (kOwnOut && (leader & (n_block == blocks.begin))) shared.q.release(query_use);
       modify(scores, n_block, True{});
       tile::online_softmax(scores, state, unit, rescale);
@@ -348,7 +348,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
       arch::product_wait<0>();
       arch::pin(out);
       arch::pin(probabilities);
-      if (leader) shared.v.release(use);
+      shared.v.release(use, arch::lane_index());
       ++use;
     } else if (!kOwnOut || loaded.begin < loaded.end) {
       shared.q.wait_full(query_use);
@@ -390,7 +390,7 @@ DEVICE void consume(const ForwardSm90Params& params, const Shared& shared, int c
 
 }  // namespace
 
-CLUSTER_KERNEL(kThreads, 1, kCtas) forward_sm90(GRID_CONSTANT ForwardSm90Params params) {
+CLUSTER_KERNEL(kThreads, 1, CLUSTER_SIZE) forward_sm90(GRID_CONSTANT ForwardSm90Params params) {
   const Shared shared;
   if (arch::thread_index() == 0) {
     shared.q.init(kReaders);
@@ -404,7 +404,7 @@ CLUSTER_KERNEL(kThreads, 1, kCtas) forward_sm90(GRID_CONSTANT ForwardSm90Params 
     arch::prefetch(params.out);
   }
   if (kCtas == 1) arch::block_barrier();
-  else arch::cluster_barrier();
+  else arch::cluster_begin();
   const int warpgroup = arch::warpgroup_index();
   if (warpgroup == 0) {
     arch::lower_registers<kProducerRegisters>();
@@ -413,5 +413,5 @@ CLUSTER_KERNEL(kThreads, 1, kCtas) forward_sm90(GRID_CONSTANT ForwardSm90Params 
     arch::raise_registers<kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);
   }
-  if (kCtas > 1) arch::cluster_barrier();  // others may have yet to arrive at this CTA's barriers
+  if (kCtas > 1) arch::cluster_end();
 }

@@ -294,14 +294,22 @@ WIDE_CASES: list[Case] = [
 _PADDED = {"batch": 5, "seqlen_q": 203, "seqused_q": (150, 101, 203, 0, 9), "seqused_k": (150, 256, 0, 140, 333)}
 # Tiles that differ in what they see of what is loaded for their cluster; more of them than there are clusters.
 IN_CLUSTERS: dict[str, tuple[str, Case]] = {
-    "heads of a group": ("forward", Case("heads", seqlen_q=203, seqlen_k=333, num_heads=4, head_dim=128, causal=True)),
-    "blocks of queries": ("forward", Case("blocks", seqlen_q=450, seqlen_k=333, head_dim=256, window_size=(150, 40))),
-    "blocks of three consumers": ("forward", Case("three", seqlen_q=380, seqlen_k=450, num_kv_heads=2, causal=True)),
-    "a block past the end": ("forward", Case("past", seqlen_q=333, seqlen_k=333, head_dim=128, causal=True)),
+    "heads of a group": (
+        "forward", Case("heads", seqlen_q=203, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True)
+    ),
+    "heads of a window": (
+        "forward",
+        Case("window", seqlen_q=450, seqlen_k=333, num_heads=4, num_kv_heads=1, head_dim=256, window_size=(150, 40)),
+    ),
+    "blocks of queries": ("forward", Case("blocks", seqlen_q=450, seqlen_k=333, head_dim=256)),
+    "blocks of three consumers": ("forward", Case("three", seqlen_q=380, seqlen_k=450, sinks=True)),
     "shared output staging": (
         "forward", Case("192", seqlen_q=203, seqlen_k=450, head_dim=192, dtype="float16", dropout_p=0.2)
     ),
-    "padded heads": ("forward", Case("used", **_PADDED, seqlen_k=333, num_heads=4, head_dim=128, causal=True)),
+    "padded heads": (
+        "forward", Case("used", **_PADDED, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True)
+    ),
+    "blocks of padded queries": ("forward", Case("used-blocks", **_PADDED, seqlen_k=333, head_dim=128)),
     "packed heads of a group": (
         "forward", Case("packed", seqlen_q=20, seqlen_k=333, num_heads=32, num_kv_heads=2, alibi="head")
     ),

@@ -74,7 +74,10 @@ def prelude(spec: KernelSpec) -> str:
       static constexpr bool softcap = false;
     };
     """
-    return "\n".join(["struct Bfloat16;", "struct Float16;", "struct Config {", *map(_member, spec.config), "};"])
+    # An attribute of a kernel, which must not be there for clusters of one, can only be chosen by the preprocessor.
+    sizes = [f"#define CLUSTER_SIZE {value}" for name, _, value in spec.config if name == "cluster_size"]
+    config = ["struct Config {", *map(_member, spec.config), "};"]
+    return "\n".join(["struct Bfloat16;", "struct Float16;", *config, *sizes])
 
 
 def _member(field: tuple[str, str, object]) -> str:

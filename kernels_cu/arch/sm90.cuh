@@ -11,13 +11,19 @@ DEVICE int warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / kWa
 
 // ---- clusters: CTAs that run at the same time and reach each other's shared memory ----------------------------------------------
 
-#define CLUSTER_KERNEL(threads, min_blocks, size) \
-  extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, min_blocks)
+// `size` is a literal, behind any macros. Clusters of one are none: such kernels are launched like any other.
+#define CLUSTER_ATTRIBUTE_1
+#define CLUSTER_ATTRIBUTE_2 __cluster_dims__(2, 1, 1)
+#define CLUSTER_KERNEL_OF(threads, min_blocks, size) \
+  extern "C" __global__ void CLUSTER_ATTRIBUTE_##size __launch_bounds__(threads, min_blocks)
+#define CLUSTER_KERNEL(threads, min_blocks, size) CLUSTER_KERNEL_OF(threads, min_blocks, size)
 
-// All threads of all CTAs of the cluster. Passes on barriers that were initialised and fenced, and not what was written.
-DEVICE void cluster_barrier() {
+// All threads of all CTAs of the cluster, when they begin. Passes on barriers that were initialised and fenced.
+DEVICE void cluster_begin() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
+// The same when they end: what they have done to each other's shared memory has been done, and it may go.
+DEVICE void cluster_end() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
 
 // An address in the shared memory of any CTA of the cluster.
 struct ClusterAddress {
@@ -35,7 +41,7 @@ DEVICE ClusterAddress in_cta(SharedAddress address, int rank) {
 DEVICE void barrier_init(SharedAddress barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers visible to the copy engine.
+// Makes initialised barriers visible to the copy engine and, behind cluster_begin, to other CTAs.
 DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE void barrier_arrive(SharedAddress barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");

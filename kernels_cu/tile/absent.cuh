@@ -1,6 +1,7 @@
 // Rows that key padding leaves out although the copy engine brings them. Where such a row meets a 0 in a product, it must not be NaN,
 // which a caller may keep there: all consumers zero a part of the rows, and wait for each other before a product reads the tile. Whoever
-// gives the buffer back has been at that barrier, behind everybody's fence: the next copy into it comes after these writes.
+// gives the buffer back has been at that barrier, behind everybody's fence: the next copy into it comes after these writes, also
+// another CTA's of the cluster, whose producer has waited for it.
 #pragma once
 
 #include "tile/pipeline.cuh"

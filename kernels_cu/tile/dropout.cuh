@@ -40,6 +40,14 @@ struct Dropped {
 template <int kCalls>
 struct Draws {
   uint32 word[kCalls > 0 ? 4 * kCalls : 1];
+
+  // A number that is not negative either, and that nobody knows before everything has been drawn.
+  DEVICE int known_after(int not_negative) const {
+    uint32 known = static_cast<uint32>(not_negative);
+#pragma unroll
+    for (int t = 0; t < kCalls; ++t) known &= word[4 * t] & word[4 * t + 2];
+    return static_cast<int>(known);
+  }
 };
 
 struct Dropout {

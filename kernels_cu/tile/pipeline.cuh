@@ -14,17 +14,10 @@ namespace tile {
 
 constexpr int kBarrierBytes = 8;
 
-// Arrives at a barrier of all kCtas CTAs.
-template <int kCtas>
-DEVICE void arrive_at_ctas(SharedAddress barrier) {
-  arch::barrier_arrive(barrier);
-#pragma unroll
-  for (int i = 1; i < kCtas; ++i) arch::barrier_arrive(arch::in_cta(barrier, (arch::cluster_rank<kCtas>() + i) % kCtas));
-}
-
 // kFillBytes are announced: those of the buffer and of what else is copied and waited for with it. kCtas share what is copied.
 template <int kStages, int kStageBytes, int kFillBytes = kStageBytes, int kCtas = 1>
 struct Pipeline {
+  static_assert(kCtas <= 2, "pairs of SMs fill any GPU, larger clusters leave some idle");
   static constexpr int kBytes = kStages * kStageBytes;
   static constexpr int kBarriersBytes = 2 * kStages * kBarrierBytes;
 
@@ -48,8 +41,19 @@ struct Pipeline {
   }
   // Consumer: waits until the buffer has been filled.
   DEVICE void wait_full(uint32 use) const { arch::barrier_wait(full(use % kStages), use / kStages & 1); }
-  // Consumer: one thread of each reader says that it is done.
-  DEVICE void release(uint32 use) const { arrive_at_ctas<kCtas>(empty(use % kStages)); }
+  // Consumer: a warp says that it is done, by the first of its lanes, or by one lane for each CTA. All of it is, therefore.
+  DEVICE void release(uint32 use, int lane) const {
+    if constexpr (kCtas == 1) {
+      if (lane == 0) arch::barrier_arrive(empty(use % kStages));
+    } else {
+      if (lane < kCtas) arch::barrier_arrive(arch::in_cta(empty(use % kStages), lane));
+    }
+  }
+  // The same by one thread that speaks for all who read.
+  DEVICE void release(uint32 use) const {
+    static_assert(kCtas == 1, "a reader of a cluster's buffer is a warp");
+    arch::barrier_arrive(empty(use % kStages));
+  }
 
  private:
   DEVICE SharedAddress full(uint32 stage) const { return barriers + stage * kBarrierBytes; }
@@ -72,11 +76,11 @@ struct TileQueue {
       arch::barrier_init(empty(slot), kCtas * readers + kCtas - 1);
     }
   }
-  DEVICE static bool draws() { return arch::cluster_rank<kCtas>() == 0; }
+  DEVICE static bool is_first_cta() { return arch::cluster_rank<kCtas>() == 0; }
   DEVICE static int first_tile() { return arch::block_index() / kCtas; }
   // Producer: a number for the tile after the first. Drawn late, so that the order of tiles is the order in which CTAs become
   // free; used later still, so that nobody waits for it.
-  DEVICE static int draw(int* counter) { return draws() ? arch::fetch_add(counter, 1) : kNotDrawn; }
+  DEVICE static int draw(int* counter) { return is_first_cta() ? arch::fetch_add(counter, 1) : kNotDrawn; }
   DEVICE static int tile_of(int drawn, int* counter, int num_tiles) {
     if (drawn == num_tiles - 1) *counter = 0;
     return drawn + arch::grid_size() / kCtas;
@@ -100,7 +104,7 @@ struct TileQueue {
   }
   // Producer: hands out a tile, or is handed the one that the cluster's first CTA has drawn. Returns it.
   DEVICE int share(uint32 use, int tile) const {
-    if (draws()) {
+    if (is_first_cta()) {
       push(use, tile);
       return tile;
     }

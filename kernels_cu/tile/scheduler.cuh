@@ -92,8 +92,7 @@ struct KeyWork {
     return at.head + 1 < end_head ? QueryCursor{at.head + 1, at.block} : QueryCursor{first_head, at.block - 1};
   }
   DEVICE bool has(const QueryCursor& at) const { return at.block >= blocks.begin; }
-  // Whether this CTA has something to do there, not only another one of its cluster.
-  static_assert(kCtas == 1 || !Config::window_left, "clusters have no registers for a second edge");
+  // Whether this CTA has something to do there, not only another one of its cluster. No mask of a cluster cuts to the left.
   DEVICE bool is_seen(const Band<Config>& band, const QueryCursor& at) const {
     if constexpr (kCtas == 1) return true;
     const int key = n_block * kBlockN;

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import matrix
 import pytest
 from sass import disassemble, loops
 
+from cuflash import plan_sm90
 from cuflash.cuda import nvrtc
 from cuflash.cuda.source import translation_unit
 from cuflash.device import require_cupy
@@ -156,6 +158,28 @@ def test_waits_where_it_was_measured(kernel, tmp_path):
     if found != expected and row.eighths_before_wait == 0 and version != RECORDED_WITH:
         pytest.skip(f"NVRTC {version} chose to wait after {found} exponentials, {RECORDED_WITH} after {expected}")
     assert found == expected
+
+
+OPEN = {  # what a row may turn on: fields of it, and the mask under which it is compiled
+    "clusters": ({"cluster_size": 2}, matrix.PLAIN),
+    "lazy": ({"lazy_rescale": True}, matrix.PLAIN),
+    "lazy clusters": ({"lazy_rescale": True, "cluster_size": 2}, matrix.PLAIN),
+}
+
+
+@pytest.mark.parametrize("row", [row for row in FORWARD if row.eighths_before_wait], ids=ForwardRow.describe)
+@pytest.mark.parametrize("name", OPEN)
+def test_what_is_open_leaves_the_wait(row, name, tmp_path, monkeypatch):
+    """A branch for who gives a buffer back, or one behind the exponentials, would move it."""
+    fields, mask = OPEN[name]
+    changed = replace(row, **fields)
+    monkeypatch.setattr(plan_sm90, "forward_row", lambda *args, **keywords: changed)
+    sizes = {"head_dim": row.head_dim, "head_dim_v": row.head_dim_v}
+    (kernel,) = matrix.kernels_of("sm_90a", "forward", mask, **sizes, kernels="sm90")
+    report = compiled(kernel)
+    check_registers(report, kernel)
+    expected = row.block_n // 2 * row.eighths_before_wait // 8 + RESCALING
+    assert exponentials_before_wait(main_loop(disassemble(report.cubin, tmp_path))) == expected
 
 
 @pytest.mark.parametrize("kernel", cases(QUICK) + cases(SLOW, pytest.mark.slow))

@@ -40,13 +40,14 @@ forward_bug = partial(Bug, entry="forward_sm90", arch="sm_90a", case=TILES)
 # Clusters of two heads of a group, and of two blocks of queries.
 CLUSTER = {"arch": "sm_90a", "row": (("cluster_size", 2),)}
 clustered = partial(Bug, entry="forward_sm90", case=replace(TILES, id="heads-in-clusters"), **CLUSTER)
-NEIGHBOURS = replace(TILES, id="blocks-in-clusters", seqlen_q=500, num_kv_heads=4)
+NEIGHBOURS = replace(TILES, id="blocks-in-clusters", seqlen_q=500, num_kv_heads=4, causal=False, batch=2)
+NEIGHBOURS = replace(NEIGHBOURS, seqused_q=(500, 65))
 DRAWN = replace(MANY_KEYS, id="drawn", dropout_p=0.3)
 
 END_OF_OUTPUT = """arch::product_wait<0>();
       arch::pin(out);
       arch::pin(probabilities);
-      if (leader) shared.v.release(use);
+      shared.v.release(use, arch::lane_index());
       ++use;
     }"""
 END_OF_STEP = END_OF_OUTPUT.replace("    }", "      drop")
@@ -54,18 +55,20 @@ CLEAR = "    clear_absent_values(shared, use, loaded, sequence.seqlen_k, shape.s
 
 FORWARD_BUGS = [
     forward_bug("keys released before their product has ended", error=TwinError, message=OVERWRITTEN, case=MANY_KEYS,
-        before="arch::product_wait<1>();\n      arch::pin(scores);\n      if (leader) shared.k.release(use + 1);",
-        after="if (leader) shared.k.release(use + 1);\n      arch::product_wait<1>();"),
+        before="arch::product_wait<1>();\n      arch::pin(scores);\n"
+               "      shared.k.release(use + 1, arch::lane_index());",
+        after="shared.k.release(use + 1, arch::lane_index());\n      arch::product_wait<1>();"),
     forward_bug("values released before their product has ended", error=TwinError, message=OVERWRITTEN, case=IN_ORDER,
         before=END_OF_STEP,
-        after="if (leader) shared.v.release(use);\n arch::product_wait<0>();\n ++use;\n drop"),
+        after="shared.v.release(use, arch::lane_index());\n arch::product_wait<0>();\n ++use;\n drop"),
     forward_bug("queries released at the start", error=TwinError, message=f"{RACE}|{DEADLOCK}",
         before="      int n_block = blocks.end - 1;\n      if (kHalves",
         after="int n_block = blocks.end - 1;\n if (leader) shared.q.release(query_use);\n if (kHalves"),
     forward_bug("producer waits for the wrong parity", error=TwinError, message=DEADLOCK,
         before="(use / kStages & 1) ^ 1", after="(use / kStages & 1)"),
     forward_bug("consumers wait for the wrong parity", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
-        before="use / kStages & 1); }\n  // Consumer: one", after="use / kStages & 1 ^ 1); }\n  // Consumer: one"),
+        before="use / kStages & 1); }\n  // Consumer: a warp",
+        after="use / kStages & 1 ^ 1); }\n  // Consumer: a warp"),
     forward_bug("missing wait for keys", error=TwinError, message=RACE,
         before="      shared.k.wait_full(use + 1);\n", after=""),
     forward_bug("missing wait for values", error=TwinError, message=ARRIVING,
@@ -81,7 +84,7 @@ FORWARD_BUGS = [
         before="arch::fence_barrier_init();", after=""),
     forward_bug("barriers used before the block barrier", error=TwinError,
         message="there is no barrier|uses the barrier",
-        before="if (kCtas == 1) arch::block_barrier();\n  else arch::cluster_barrier();\n", after=""),
+        before="if (kCtas == 1) arch::block_barrier();\n  else arch::cluster_begin();\n", after=""),
     forward_bug("missing proxy fence before the output leaves", error=TwinError, message=PROXY,
         before="      arch::fence_async_proxy();\n", after=""),
     forward_bug("wrong stride between chunks of values", error=WrongAnswer,
@@ -101,7 +104,7 @@ FORWARD_BUGS = [
     forward_bug("probabilities overwritten in flight", error=TwinError, message=f"{UNDER_WAY}|{DEADLOCK}", case=WIDE,
         before=END_OF_STEP, after="++use;\n arch::product_wait<1>();\n drop"),
     forward_bug("output read before its product has ended", error=TwinError, message=UNDER_WAY,
-        before=END_OF_OUTPUT, after="if (leader) shared.v.release(use);\n ++use;\n }"),
+        before=END_OF_OUTPUT, after="shared.v.release(use, arch::lane_index());\n ++use;\n }"),
     forward_bug("missing product fence", error=TwinError, message="no product_fence",
         before="arch::pin(operand);\n  arch::product_fence();", after="arch::pin(operand);"),
     forward_bug("warpgroups multiply the same rows", error=WrongAnswer,
@@ -143,7 +146,7 @@ FORWARD_BUGS = [
         before="(leader & (n_block == blocks.begin))) shared.q.release(query_use);\n\n",
         after="(leader & (n_block == blocks.begin + 1))) shared.q.release(query_use);\n\n"),
     forward_bug("a passing block not given back", error=TwinError, message=DEADLOCK, case=PASSING,
-        before="        if (leader) shared.v.release(use);\n      }\n    };", after="      }\n    };"),
+        before="        shared.v.release(use, arch::lane_index());\n      }\n    };", after="      }\n    };"),
     forward_bug("a block passes out of turn", error=TwinError, message=DEADLOCK, case=PASSING,
         before="        turns.wait();\n        turns.pass();\n", after=""),
     forward_bug("half of the first block too often", error=WrongAnswer, case=PASSING,
@@ -185,19 +188,17 @@ FORWARD_BUGS = [
     clustered("readers of other blocks not counted", error=TwinError, message=f"{RACE}|one arrival too many",
         before="kCtas * readers);\n", after="readers);\n"),
     clustered("buffers given back to the own block alone", error=TwinError, message=DEADLOCK,
-        before="for (int i = 1; i < kCtas; ++i) arch::barrier_arrive(",
-        after="for (int i = 1; i < 1; ++i) arch::barrier_arrive("),
+        before="if (lane < kCtas) arch::barrier_arrive(", after="if (lane < 1) arch::barrier_arrive("),
     clustered("every block copies all of a tile", error=TwinError, message=f"{RACE}|{DEADLOCK}",
         before="if (static_cast<int>((c + turn) % kCtas) == arch::cluster_rank<kCtas>())", after=""),
     clustered("parts of a tile come to one block", error=TwinError, message=DEADLOCK,
         before="kAll = (1u << kCtas) - 1;", after="kAll = 1;"),
     clustered("barriers used before the cluster's", error=TwinError, message="no barrier of the cluster since",
-        before="else arch::cluster_barrier();", after="else arch::block_barrier();"),
+        before="else arch::cluster_begin();", after="else arch::block_barrier();"),
     clustered("a block leaves before the others are done", error=TwinError, message="the block leaves|has left",
-        before="  if (kCtas > 1) arch::cluster_barrier();", after=""),
+        before="  if (kCtas > 1) arch::cluster_end();", after=""),
     clustered("keys of one block alone", error=(TwinError, WrongAnswer), case=NEIGHBOURS,
-        before="constexpr int kClusterQueries = kClusterBlocks * kQueries;",
-        after="constexpr int kClusterQueries = kQueries;"),
+        before="(block / kClusterBlocks * kClusterQueries)", after="(block * kQueries)"),
     clustered("blocks of a cluster have one tile", error=WrongAnswer, case=NEIGHBOURS,
         before="at.block * kClusterBlocks + arch::cluster_rank<kCtas>()", after="at.block * kClusterBlocks"),
     clustered("a tile sent unannounced", error=TwinError, message=f"{RACE}|{DEADLOCK}",
@@ -245,8 +246,8 @@ BACKWARD_BUGS = [
         after="16 * t + lane % 8 + lane / 8 % 2 * 8, column + lane / 16 * 8"),
     backward_bug("queries of the backward released early", error=TwinError, message=OVERWRITTEN,
         before="arch::product_wait<0>();\n    arch::pin(dk);\n    arch::pin(ds);\n"
-               "    if (leader) shared.q.release(use);",
-        after="if (leader) shared.q.release(use);\n    arch::product_wait<0>();"),
+               "    shared.q.release(use, arch::lane_index());",
+        after="shared.q.release(use, arch::lane_index());\n    arch::product_wait<0>();"),
     backward_bug("dS overwritten in flight", error=TwinError, message=UNDER_WAY,
         before="arch::product_wait<0>();\n    arch::pin(dk);", after="arch::pin(dk);"),
     backward_bug("statistics not announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
@@ -279,8 +280,8 @@ BACKWARD_BUGS = [
     backward_bug("keys given back while they are read", error=TwinError, message=OVERWRITTEN, case=MANY_TILES,
         before="arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v", after="// k and v"),
     backward_bug("blind where keys are seen", error=WrongAnswer,
-        before="reaches<kBlockM>(query, first_key + group_key)",
-        after="reaches<kBlockM>(query - kBlockM, first_key + group_key)"),
+        before="query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key",
+        after="query + sequence.offset + shape.window_right < first_key + group_key + kBlockM"),
     backward_bug("a blind warpgroup leaves its last dS", error=(TwinError, WrongAnswer),
         before="tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, no_ds);", after=""),
     backward_bug("cut scores not masked", error=WrongAnswer,
@@ -339,13 +340,14 @@ BACKWARD_BUGS = [
     backward_bug("sums of a group not cleared", error=WrongAnswer, **SPLIT, entry="backward_prepare",
         before="tile::GroupSums<Config>::clear", after="if (thread < 0) tile::GroupSums<Config>::clear"),
     neighbours("queries that are not seen kept", error=TwinError, message=DEADLOCK,
-        before="      if (leader) shared.q.release(use);\n      decide_dropped", after="      decide_dropped"),
+        before="      shared.q.release(use, arch::lane_index());\n      decide_dropped", after="      decide_dropped"),
     neighbours("queries that are not seen come from the store warp", error=TwinError, message=DEADLOCK,
         before="      if (!work.is_seen(band, here)) continue;\n", after=""),
     neighbours("keys of neighbours one behind the other", error=(TwinError, WrongAnswer),
         before="at.block * kCtas + arch::cluster_rank<kCtas>()", after="at.block * kCtas"),
     neighbours("every block waits for its queries", error=TwinError, message=DEADLOCK, case=WITHOUT_KEYS,
-        before="if (TileQueue::draws()) arch::barrier_wait(shared.copied", after="arch::barrier_wait(shared.copied"),
+        before="if (TileQueue::is_first_cta()) arch::barrier_wait(shared.copied",
+        after="arch::barrier_wait(shared.copied"),
     neighbours("absent keys beside a neighbour's multiplied", error=(TwinError, WrongAnswer), case=PADDED_NEIGHBOURS,
         before=" && (!Config::used_keys || key < band.seqlen_k)", after=""),
     neighbours("absent keys beside a neighbour's cleared", error=TwinError, message="shared access of",

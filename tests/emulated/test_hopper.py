@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from cases import IN_CLUSTERS, Case, poison_unused, select
-from cuflash import tiles_sm90
 from cuflash.dropout import keep_mask
 from cuflash.testing import Arrays, check
 from emulated.emulation import Emulation, Schedule, backward, forward, problem_of
@@ -251,9 +250,8 @@ def test_heads_of_a_group_add_to_sums(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", IN_CLUSTERS)
-def test_clusters_share_what_is_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_share_what_is_copied(name: str) -> None:
     pass_, case = IN_CLUSTERS[name]
-    monkeypatch.setattr(tiles_sm90, "CLUSTERS_PAY", 2.0)  # a tile may lie past the end
     tile = (("cluster_size", 2),) + ((("split_groups_from", 1),) if name.endswith("split") else ())
     problem = problem_of(case.problem(), case.arrays())
     for seed in SEEDS:

@@ -10,7 +10,6 @@ from gpu.device_memory import guarded, same_bits
 
 import cuflash
 from benchmarks.variants import Change
-from cuflash import tiles_sm90
 from cuflash.device import DeviceInfo
 from cuflash.testing import check
 
@@ -37,9 +36,8 @@ def change(pass_: str, **fields: int) -> Change:
 
 
 @pytest.mark.parametrize("name", IN_CLUSTERS)
-def test_clusters_match_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_clusters_match_the_oracle(name: str):
     pass_, case = IN_CLUSTERS[name]
-    monkeypatch.setattr(tiles_sm90, "CLUSTERS_PAY", 2.0)  # a tile may lie past the end
     split = {"split_groups_from": 1} if name.endswith("split") else {}
     arrays = case.arrays()
     poison_unused(arrays)

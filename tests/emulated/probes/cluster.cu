@@ -104,7 +104,7 @@ CLUSTER_KERNEL(64, 1, kBlocks) shared_tiles(GRID_CONSTANT ClusterParams params) 
   if (variant == kNoBarrierAtStart) {
     arch::block_barrier();
   } else {
-    arch::cluster_barrier();
+    arch::cluster_begin();
   }
   if (variant == kMadeAfterBarrier) {
     make_barriers(ring);
@@ -114,7 +114,7 @@ CLUSTER_KERNEL(64, 1, kBlocks) shared_tiles(GRID_CONSTANT ClusterParams params) 
   if (arch::warp_index() == 1 && variant != kNotRead) consume(ring);
   if (variant == kLeavesBeforeOthers && ring.rank == 0 && arch::warp_index() == 1) return;
   if (variant == kOtherBarrierAtEnd && ring.rank == 0 && arch::warp_index() == 1) arch::block_barrier();
-  if (variant != kNoBarrierAtEnd) arch::cluster_barrier();
+  if (variant != kNoBarrierAtEnd) arch::cluster_begin();
 }
 
 // The first block sends words to the last one, through two slots; each block adds them up.
@@ -131,7 +131,7 @@ CLUSTER_KERNEL(32, 1, kBlocks) sent_words(GRID_CONSTANT ClusterParams params) {
     }
     arch::fence_barrier_init();
   }
-  arch::cluster_barrier();
+  arch::cluster_begin();
   int sum = 0;
   for (int use = 0; use < params.rounds; ++use) {
     if (rank == 0 && arch::thread_index() == 0) {
@@ -151,7 +151,7 @@ CLUSTER_KERNEL(32, 1, kBlocks) sent_words(GRID_CONSTANT ClusterParams params) {
     }
   }
   if (rank == last) params.out[arch::block_index() / kBlocks * kWarpSize + arch::lane_index()] = sum;
-  if (variant != kLeaves) arch::cluster_barrier();
+  if (variant != kLeaves) arch::cluster_begin();
 }
 
 namespace {
@@ -163,7 +163,7 @@ DEVICE void meet_through_other_block(SharedAddress barriers) {
     for (int way = 0; way < 2; ++way) arch::barrier_init(barriers + way * kBarrierBytes, 2);
     arch::fence_barrier_init();
   }
-  arch::cluster_barrier();
+  arch::cluster_begin();
   for (int way = 0; way < 2; ++way) {
     arch::warp_barrier();
     if (arch::lane_index() == 0) arch::barrier_arrive(arch::in_cta(barriers + way * kBarrierBytes, other));
@@ -184,7 +184,7 @@ CLUSTER_KERNEL(64, 1, kBlocks) own_barriers(GRID_CONSTANT ClusterParams params) 
   arch::store_shared(mine, static_cast<uint32>(first));
   if (params.variant == kLeaves && arch::cluster_rank<kBlocks>() == 0 && arch::warp_index() == 1) return;
   if (params.variant == kClusterBarrier) {
-    arch::cluster_barrier();
+    arch::cluster_begin();
   } else if (params.variant == kThroughOtherBlock) {
     meet_through_other_block(arch::shared_base() + 4 * 2 * kWarpSize);
   } else {

@@ -67,7 +67,8 @@ struct ClusterAddress {
   uint32 value;
 };
 
-DEVICE void cluster_barrier(Where where = {}) { twin::cluster_barrier(where); }
+DEVICE void cluster_begin(Where where = {}) { twin::cluster_barrier(where); }
+DEVICE void cluster_end(Where where = {}) { twin::cluster_barrier(where); }
 DEVICE ClusterAddress in_cta(SharedAddress address, int rank, Where where = {}) {
   return {twin::address_in_cluster(address, rank, where)};
 }
