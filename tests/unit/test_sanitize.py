@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from gpu import sanitize
 
 from cuflash.cuda import nvrtc
@@ -34,6 +35,33 @@ def test_races_that_are_known_to_be_none():
     assert sanitize.known_in(text, frozenset()) == {sanitize.KNOWN_COPIES: 1}
     both = {sanitize.KNOWN_COPIES: 1, sanitize.KNOWN_HANDOVERS: 1}
     assert sanitize.known_in(text, frozenset(races[:1])) == both
+
+
+RIGHT = f"{REPORT.format(WRITTEN, READ)}========= RACECHECK SUMMARY: 1 hazard displayed (1 error)"
+CLEAN = "========= RACECHECK SUMMARY: 0 hazards displayed"
+
+
+@pytest.mark.parametrize(
+    ("race", "outcome"), [(RIGHT, "passed"), (CLEAN, "skipped"), ("killed", "failed")], ids=["seen", "missed", "killed"]
+)
+def test_hand_overs_are_judged_only_by_who_sees_their_race(race, outcome, monkeypatch):
+    answers = {"right": RIGHT, "race": race}
+    monkeypatch.setattr(sanitize, "watched", lambda tool, arguments, timeout: (0, answers[arguments[-1]]))
+    known, entry = sanitize.ask_about_handovers(1.0)
+    assert known == {frozenset({"arch::store_shared", "arch::load_shared_float4"})}
+    assert entry["outcome"] == outcome
+    assert ("reason" in entry) == (outcome != "passed")
+
+
+@pytest.mark.parametrize(
+    ("run", "outcome"),
+    [("racecheck", "passed"), ("racecheck of portable kernels", "failed")],
+    ids=["Hopper", "portable"],
+)
+def test_portable_kernels_have_no_known_reports(run, outcome, monkeypatch):
+    monkeypatch.setattr(sanitize, "watched", lambda tool, arguments, timeout: (sanitize.FOUND, RIGHT))
+    handovers = frozenset(sanitize.races_in(RIGHT))
+    assert sanitize.run_tool(*sanitize.RUNS[run], 1.0, handovers)["outcome"] == outcome
 
 
 def test_the_hand_over_compiles():
