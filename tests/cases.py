@@ -304,7 +304,7 @@ IN_CLUSTERS: dict[str, tuple[str, Case]] = {
     "blocks of queries": ("forward", Case("blocks", seqlen_q=450, seqlen_k=333, head_dim=256)),
     "blocks of three consumers": ("forward", Case("three", seqlen_q=380, seqlen_k=450, sinks=True)),
     "shared output staging": (
-        "forward", Case("192", seqlen_q=203, seqlen_k=450, head_dim=192, dtype="float16", dropout_p=0.2)
+        "forward", Case("192", seqlen_q=203, seqlen_k=450, head_dim=192, dtype="float16")
     ),
     "padded heads": (
         "forward", Case("used", **_PADDED, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True)

@@ -33,6 +33,7 @@ EXPONENTIALS_BEFORE_WAIT = {
     (128, 128, None, None, "128x128"): (18, 18),
     (192, 128, None, None, "128x128"): (18, 18),
     (192, 192, None, None, "128x112"): (16, 16),
+    (192, 192, None, None, "128x96"): (14, 14),
     (256, 256, None, True, "128x64"): (None, 6),
     (256, 256, 1024, None, "128x64"): (6, None),
     (256, 256, None, None, "128x80"): (12, None),
