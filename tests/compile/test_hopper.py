@@ -168,6 +168,7 @@ OPEN = {  # what a row may turn on: fields of it, and the mask under which it is
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in FORWARD if row.eighths_before_wait], ids=ForwardRow.describe)
 @pytest.mark.parametrize("name", OPEN)
 def test_what_is_open_leaves_the_wait(row, name, tmp_path, monkeypatch):
