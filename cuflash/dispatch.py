@@ -322,8 +322,11 @@ def _launch(
                 results[name] = adapter.empty(shape, fields.dtype, index)
                 pointers[name] = pointer(results[name])
         floats = launch.workspace_floats
-        workspace, _memory = adapter.workspace(floats, index) if floats else (0, None)
-        launch(pointers, workspace, dropout, stream)
+        workspace, memory = adapter.workspace(floats, index) if floats else (0, None)
+        try:
+            launch(pointers, workspace, dropout, stream)
+        finally:
+            del memory  # while its device is current: an asynchronous pool frees on that device's stream
     return results
 
 
