@@ -195,13 +195,20 @@ DEVICE void pin(uint32 (&registers)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+// The bits of a shared address that descriptors have room for. The high ones name the CTA in its cluster, and are zeros without one.
+#if CLUSTER_SIZE > 1
+constexpr uint32 kDescriptorAddressBits = (1u << 18) - 1;
+#else
+constexpr uint32 kDescriptorAddressBits = ~0u;
+#endif
+
 // Shared-memory descriptor of a swizzled tile (128-byte swizzle; 8 rows of 128 bytes repeat every 1024). The low word holds the
 // address and the stride between chunks, which only matters where the contraction runs along the rows; advancing adds to it.
 struct ProductOperand {
   uint32 low;
 
   DEVICE ProductOperand(SharedAddress address, int chunk_stride)
-      : low((address >> 4) + (static_cast<uint32>(chunk_stride >> 4) << 16)) {}
+      : low(((address & kDescriptorAddressBits) >> 4) + (static_cast<uint32>(chunk_stride >> 4) << 16)) {}
   DEVICE uint64 at(int bytes) const {
     constexpr uint32 kHigh = (1024 >> 4) | (1u << 30);
     uint64 descriptor;

@@ -160,7 +160,7 @@ DEVICE float unpack_high(uint32 pair) {
 
 // ---- shared memory ------------------------------------------------------------------------------------------------------------------
 
-DEVICE SharedAddress shared_base() { return twin::kSharedBase; }
+DEVICE SharedAddress shared_base() { return twin::shared_base(); }
 DEVICE void store_shared(SharedAddress address, uint32 value, Where where = {}) {
   twin::write_shared(address, &value, sizeof value, where);
 }

@@ -148,11 +148,17 @@ DEVICE void pin(float (&)[kSize]) {}
 template <int kSize>
 DEVICE void pin(uint32 (&)[kSize]) {}
 
+#if CLUSTER_SIZE > 1
+constexpr uint32 kDescriptorAddressBits = (1u << 18) - 1;
+#else
+constexpr uint32 kDescriptorAddressBits = ~0u;
+#endif
+
 struct ProductOperand {
   uint32 low;
 
   DEVICE ProductOperand(SharedAddress address, int chunk_stride)
-      : low((address >> 4) + (static_cast<uint32>(chunk_stride >> 4) << 16)) {}
+      : low(((address & kDescriptorAddressBits) >> 4) + (static_cast<uint32>(chunk_stride >> 4) << 16)) {}
   DEVICE uint64 at(int bytes) const {
     constexpr uint32 kHigh = (1024 >> 4) | (1u << 30);
     return low + static_cast<uint32>(bytes >> 4) | static_cast<uint64>(kHigh) << 32;

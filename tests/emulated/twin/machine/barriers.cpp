@@ -154,8 +154,8 @@ void wait_for_phase(uint32_t address, uint32_t parity, Where where) {
       return;
     }
     barrier.waiting.push_back(thread);
-    park(where, "the end of phase %u of the barrier at shared offset %u, where %d of %d arrivals and %d bytes are missing",
-         barrier.phase, address - kSharedBase, barrier.missing_arrivals, barrier.arrivals_of_phase, barrier.missing_bytes);
+    park(where, "the end of phase %u of the barrier at shared offset %s, where %d of %d arrivals and %d bytes are missing",
+         barrier.phase, name_of_offset(here(address)).c_str(), barrier.missing_arrivals, barrier.arrivals_of_phase, barrier.missing_bytes);
   }
 }
 

@@ -90,8 +90,9 @@ inline Lane& this_lane() { return cluster->lanes[thread]; }
 inline uint32_t this_bit() { return 1u << (thread % kLanes); }
 inline Block& this_block() { return cluster->blocks[warp->rank]; }
 inline int warps_of_block() { return launch->threads / kLanes; }
-// The running thread's own shared memory.
-inline Place here(uint32_t address) { return {warp->rank, address}; }
+constexpr int kRankShift = 24;  // in shared addresses
+// The running thread's own shared memory. Another block's address lies far outside of it.
+inline Place here(uint32_t address) { return {warp->rank, address - (static_cast<uint32_t>(warp->rank) << kRankShift)}; }
 
 inline int index_of_block(int rank) { return cluster->index * static_cast<int>(cluster->blocks.size()) + rank; }
 inline bool has_left(const Block& its_block) { return its_block.warps_exited == warps_of_block(); }

@@ -76,7 +76,8 @@ Region box(Place place, const void* map, int column, int row, int head, int batc
 
 Region plain_bytes(uint32_t address, const void* global, int bytes, Where where) {
   if (address % kPieceBytes || reinterpret_cast<uint64_t>(global) % kPieceBytes || bytes % kPieceBytes || bytes <= 0)
-    fail(where, "a copy of %d bytes between shared offset %u and %p: multiples of 16 are needed", bytes, address - kSharedBase, global);
+    fail(where, "a copy of %d bytes between shared offset %s and %p: multiples of 16 are needed", bytes,
+         name_of_offset(here(address)).c_str(), global);
   return {here(address), thread, where, bytes, false, Map(), 0, 0, 0, 0, const_cast<char*>(static_cast<const char*>(global))};
 }
 
@@ -253,9 +254,9 @@ void copy_box_to_cluster(uint32_t address, const void* map, uint32_t barrier, in
   for (int rank = 0; ranks >> rank; ++rank) {
     if ((ranks >> rank & 1) == 0) continue;
     check_reach(rank, where);
-    const Place its_barrier{rank, barrier};
+    const Place its_barrier{rank, here(barrier).address};
     check_barrier_for_copy(its_barrier, where);
-    cluster->engine.begin_landing(box({rank, address}, map, column, row, head, batch, where), its_barrier);
+    cluster->engine.begin_landing(box({rank, here(address).address}, map, column, row, head, batch, where), its_barrier);
   }
 }
 void copy_bytes_to_shared(uint32_t address, const void* global, int bytes, uint32_t barrier, Where where) {

@@ -49,8 +49,8 @@ void wait_until_equal(const int* value, int expected, Where where);
 
 // ---- shared memory: bounds, alignment and races are checked -------------------------------------------------------------------------
 
-// The first shared address of a block; not zero, so that a forgotten base is noticed.
-constexpr uint32_t kSharedBase = 1024;
+// The first shared address of the running block. As on the device, its high bits name the block: its rank in the cluster.
+uint32_t shared_base();
 
 void read_shared(uint32_t address, void* to, int bytes, Where where);
 void write_shared(uint32_t address, const void* from, int bytes, Where where);

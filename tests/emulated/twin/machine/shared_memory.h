@@ -15,10 +15,13 @@
 
 namespace twin {
 
+// Every block's shared memory begins here; not at zero, so that a forgotten base is noticed.
+constexpr uint32_t kSharedBase = 1024;
+
 // An address in the shared memory of one block of the cluster.
 struct Place {
   int rank;
-  uint32_t address;  // as the block itself has it
+  uint32_t address;  // without the rank
 };
 inline Place operator+(Place place, uint32_t bytes) { return {place.rank, place.address + bytes}; }
 inline bool operator<(Place a, Place b) { return a.rank != b.rank ? a.rank < b.rank : a.address < b.address; }

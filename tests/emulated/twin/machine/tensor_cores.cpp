@@ -28,6 +28,9 @@ Descriptor decode(uint64_t bits, Where where) {
   return {field(0), field(16), field(32)};
 }
 
+// Descriptors have no room for a block's rank: their addresses are those of the own block.
+Place operand(uint32_t address) { return {warp->rank, address}; }
+
 uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 // Calls visit(address, row, column) for each piece of eight columns of rows [first_row, first_row + rows), 16 columns wide.
@@ -85,7 +88,7 @@ void compute(Product& product) {
   static float a[kRows][kDepth], b[kDepth][256];
   const auto piece = [&](uint32_t address, auto store) {
     uint16_t elements[kPieceElements];
-    cluster->shared.peek(here(address), elements, sizeof elements);
+    cluster->shared.peek(operand(address), elements, sizeof elements);
     for (int i = 0; i < kPieceElements; ++i) store(i, widen(elements[i], operands.is_float16));
   };
   for_each_piece(
@@ -186,7 +189,7 @@ void start(ProductLane* const* lanes) {
     }
   }
   const auto claim = [&](uint32_t address, int, int) {
-    cluster->shared.begin_background_read(thread, here(address), 16, operands.where);
+    cluster->shared.begin_background_read(thread, operand(address), 16, operands.where);
   };
   for_each_piece(operands, warp_index(), claim, claim);
   ++product.accumulators->products_under_way;
@@ -204,7 +207,7 @@ void finish(Product& product) {
       if (std::memcmp(product.registers[lane], product.registers_at_start[lane], sizeof product.registers_at_start[lane]) != 0)
         fail(where, "the left operand of lane %d was written while this product was under way", lane);
   if (!product.has_been_computed) compute(product);
-  const auto release = [&](uint32_t address, int, int) { cluster->shared.end_background_read(warp_index(), here(address), 16); };
+  const auto release = [&](uint32_t address, int, int) { cluster->shared.end_background_read(warp_index(), operand(address), 16); };
   for_each_piece(product.operands, warp_index(), release, release);
   if (--product.accumulators->products_under_way == 0) deliver(*product.accumulators, where);
 }

@@ -8,7 +8,6 @@
 namespace twin {
 namespace {
 
-constexpr int kRankShift = 24;  // in addresses of the cluster
 
 bool is_same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 
@@ -62,6 +61,7 @@ int grid_size() { return launch->grid; }
 int block_index() { return index_of_block(warp->rank); }
 int thread_index() { return thread - warp->rank * launch->threads; }
 int cluster_rank() { return warp->rank; }
+uint32_t shared_base() { return static_cast<uint32_t>(warp->rank) << kRankShift | kSharedBase; }
 
 std::string name_of_thread(int its_thread) {
   const std::string its_block =
@@ -205,10 +205,11 @@ void wait_for_copies(int pending_groups) {
 
 uint32_t address_in_cluster(uint32_t address, int rank, Where where) {
   check_rank(rank, where);
-  if (address - kSharedBase >= static_cast<uint32_t>(launch->shared_bytes))
-    fail(where, "the address of offset %d in another block; blocks have %d bytes", static_cast<int>(address - kSharedBase),
+  const Place place = here(address);
+  if (place.address - kSharedBase >= static_cast<uint32_t>(launch->shared_bytes))
+    fail(where, "the address of offset %s in another block; blocks have %d bytes", name_of_offset(place).c_str(),
          launch->shared_bytes);
-  return static_cast<uint32_t>(rank + 1) << kRankShift | address;
+  return static_cast<uint32_t>(rank) << kRankShift | place.address;
 }
 
 void check_reach(int rank, Where where) {
@@ -219,7 +220,7 @@ void check_reach(int rank, Where where) {
 }
 
 Place place_in_cluster(uint32_t cluster_address) {
-  return {static_cast<int>(cluster_address >> kRankShift) - 1, cluster_address & ((1u << kRankShift) - 1)};
+  return {static_cast<int>(cluster_address >> kRankShift), cluster_address & ((1u << kRankShift) - 1)};
 }
 
 }  // namespace twin
