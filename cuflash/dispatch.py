@@ -159,9 +159,9 @@ def forward(lender: Adapter, call: Request, *, want_lse: bool, keeps_q: bool = F
     if prepared.backend == "numpy":
         results = _forward_on_host(_seeded(prepared.problem, dropout), prepared, arrays)
     else:
-        results = _launch("forward", dropout, prepared, adapter, arrays, ("out", "lse") if want_lse else ("out",))
+        results = _launch("forward", dropout, prepared, lender, arrays, ("out", "lse") if want_lse else ("out",))
     if lender is not adapter:
-        results = _give(lender, adapter, prepared, arrays, results, call.operands["q"])
+        results = _give(lender, prepared, results, call.operands["q"])
     return results["out"] if given is None else given, results.get("lse")
 
 
@@ -173,8 +173,8 @@ def backward(lender: Adapter, call: Request) -> dict[str, Array]:
         results = _backward_on_host(_seeded(prepared.problem, dropout), prepared, arrays)
     else:
         wanted = ("dq", "dk", "dv", "dsinks") if prepared.problem.sinks else ("dq", "dk", "dv")
-        results = _launch("backward", dropout, prepared, adapter, arrays, wanted)
-    return results if lender is adapter else _give(lender, adapter, prepared, arrays, results, call.operands["q"])
+        results = _launch("backward", dropout, prepared, lender, arrays, wanted)
+    return results if lender is adapter else _give(lender, prepared, results, call.operands["q"])
 
 
 _prepared: dict[tuple, Prepared] = {}  # single reads and writes only, so threads need no lock
@@ -196,7 +196,10 @@ def prepare(lender: Adapter, operands: Operands, options: Options) -> tuple[Adap
             _prepared.clear()
         _prepared[key] = prepared
     if prepared.copies:
-        packed = {name: adapter.packed(arrays[name]) for name in prepared.copies}
+        try:
+            packed = {name: adapter.packed(arrays[name]) for name in prepared.copies}
+        finally:
+            lender.hold(arrays)  # the passes see the copies only, so nothing later holds the originals
         return prepare(adapter, {**arrays, **packed}, options)
     return adapter, arrays, prepared
 
@@ -302,12 +305,13 @@ def _launch(
     direction: str,
     dropout: Dropout | None,
     prepared: Prepared,
-    adapter: Adapter,
+    lender: Adapter,
     arrays: Operands,
     wanted: tuple[str, ...],
 ) -> dict[str, Array]:
     """Run one pass on the arrays' device and the caller's current stream, its results in new arrays or in ``out``."""
-    index, pointer, results = prepared.device_index, adapter.pointer, {}
+    adapter, index, results = lender.native, prepared.device_index, {}
+    pointer = adapter.pointer
     pointers = {name: pointer(array) for name, array in arrays.items()}
     with adapter.on_device(index):
         stream = adapter.stream(index)
@@ -327,6 +331,7 @@ def _launch(
             launch(pointers, workspace, dropout, stream)
         finally:
             del memory  # while its device is current: an asynchronous pool frees on that device's stream
+            lender.hold(arrays)  # a launch that fails may come after others of the pass, which read on
     return results
 
 
@@ -336,10 +341,7 @@ def _bind(direction: str, prepared: Prepared, wanted: tuple[str, ...], stream: i
     return cuda_backend.bind(direction, prepared.problem, prepared.device_index, views, stream)
 
 
-def _give(
-    lender: Adapter, adapter: Adapter, prepared: Prepared, arrays: Operands, results: dict[str, Array], like: Array
-) -> dict[str, Array]:
+def _give(lender: Adapter, prepared: Prepared, results: dict[str, Array], like: Array) -> dict[str, Array]:
     """Return results of the native kind as the caller's kind of array."""
-    with adapter.on_device(prepared.device_index):
-        lender.hold(arrays)
+    with lender.native.on_device(prepared.device_index):
         return {name: lender.give(array, like) for name, array in results.items()}

@@ -31,6 +31,9 @@ class DeviceAdapter(arrays.Adapter):
     kind = "pretended"
     current_device = 0
 
+    def __init__(self) -> None:
+        self.copied: list[DeviceArray] = []
+
     def fingerprint(self, array: DeviceArray):
         return HOST.fingerprint(array.host)
 
@@ -55,17 +58,42 @@ class DeviceAdapter(arrays.Adapter):
         return DeviceArray(array)
 
     def packed(self, array: DeviceArray) -> DeviceArray:
+        self.copied.append(array)
         return DeviceArray(HOST.packed(array.host))
 
     @contextmanager
     def on_device(self, device_index: int):
         self.current_device, before = device_index, self.current_device
-        yield
-        self.current_device = before
+        try:
+            yield
+        finally:
+            self.current_device = before
 
     def stream(self, device_index: int) -> int:
         assert device_index == self.current_device
         return STREAM
+
+
+class LentArray(DeviceArray):
+    """The same of another library, which may take its memory back when nothing here holds it any more."""
+
+
+class Lender(arrays.Adapter):
+    kind = "lent"
+
+    def __init__(self, native: DeviceAdapter) -> None:
+        self._native = native
+        self.held: list[tuple[dict[str, DeviceArray], int]] = []  # and how many copies had been begun
+
+    @property
+    def native(self) -> DeviceAdapter:
+        return self._native
+
+    def borrow(self, name: str, array: LentArray) -> DeviceArray:
+        return DeviceArray(array.host)
+
+    def hold(self, arrays: dict[str, DeviceArray]) -> None:
+        self.held.append((arrays, len(self.native.copied)))
 
 
 class Memory:
@@ -137,6 +165,13 @@ def backend(monkeypatch):
     monkeypatch.setattr(dispatch, "_prepared", {})
     monkeypatch.setattr(dispatch, "cuda_backend", HostBackend())
     return dispatch.cuda_backend
+
+
+@pytest.fixture
+def lender(backend, monkeypatch):
+    lender = Lender(arrays.adapter_of(DeviceArray(np.empty(0))))
+    monkeypatch.setitem(arrays._BY_TYPE, LentArray, lender)
+    return lender
 
 
 def normal(*shape: int, dtype: str = "float16", seed: int = 0) -> np.ndarray:
@@ -304,3 +339,30 @@ def test_named_gpu_backends(backend):
     for name in ("cuda", "sm80", "sm90"):
         cuflash.attention(**on_device(CALLS["plain"]), backend=name)
     assert [problem.kernels for problem, _ in backend.calls] == [None, "sm80", "sm90"]
+
+
+def test_lent_memory_is_held_while_it_is_copied(lender):
+    """The kernels of a pass read the copies, but those that copy still read the lender's memory."""
+    operands = CALLS["strided"]
+    cuflash.attention(**{name: LentArray(array) for name, array in operands.items()})
+    (originals, copies_begun), (read, _) = lender.held
+    assert copies_begun == len(lender.native.copied) == 1
+    assert all(originals[name].host is operands[name] for name in "qkv")
+    assert [read[name].host is operands[name] for name in "qkv"] == [True, False, True]
+
+
+def test_lent_memory_is_held_where_a_copy_or_a_launch_fails(lender, monkeypatch):
+    """What was launched before may still run."""
+    operands = {name: LentArray(array) for name, array in CALLS["strided"].items()}
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(HostLaunch, "__call__", fails)
+        cuflash.attention(**operands)
+    assert len(lender.held) == 2
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(DeviceAdapter, "packed", fails)
+        cuflash.attention(**operands)
+    assert len(lender.held) == 3
