@@ -9,6 +9,7 @@ brings one of its arrays, that is, when it is imported already.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
 from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -295,6 +296,7 @@ class DlpackDeviceAdapter(DlpackAdapter):
 
     def __init__(self) -> None:
         self._in_flight: deque[tuple[Array, Mapping[str, Array]]] = deque()
+        self._dropping = threading.Lock()  # between looking at the first and popping it, no other thread may pop
 
     @property
     def native(self) -> Adapter:
@@ -316,8 +318,9 @@ class DlpackDeviceAdapter(DlpackAdapter):
         """
         import cupy
 
-        while self._in_flight and self._in_flight[0][0].done:
-            self._in_flight.popleft()
+        with self._dropping:
+            while self._in_flight and self._in_flight[0][0].done:
+                self._in_flight.popleft()
         with cupy.cuda.Device(arrays["q"].data.device_id):
             self._in_flight.append((cupy.cuda.get_current_stream().record(), arrays))
 
