@@ -67,7 +67,7 @@ class Request(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """A canonical `View` without its pointer and owner, the parts that differ between calls of one kind."""
+    """A canonical `View` without its pointer, the part that differs between calls of one kind."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]

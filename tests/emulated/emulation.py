@@ -181,7 +181,7 @@ def _run(
 
 def view_of(array: np.ndarray) -> View:
     strides = tuple(stride // array.itemsize for stride in array.strides)
-    return View(array.ctypes.data, array.shape, strides, array.dtype.name, owner=array)
+    return View(array.ctypes.data, array.shape, strides, array.dtype.name)
 
 
 class GuardedMemory:

@@ -54,7 +54,7 @@ def test_adapters_are_found_by_type():
 def test_a_view_of_numpy_memory():
     array = normal(4, 6, 8, 10)[1:, ::-2]
     view = the(NumpyAdapter).view(array)
-    assert view.pointer == array.ctypes.data and view.owner is array
+    assert view.pointer == array.ctypes.data
     assert (view.shape, view.strides, view.dtype, view.device) == (
         (3, 3, 8, 10),
         (480, -160, 10, 1),

@@ -42,7 +42,7 @@ class DeviceAdapter(arrays.Adapter):
 
     def view(self, array: DeviceArray) -> View:
         view = HOST.view(array.host)
-        view.device, view.owner = ("cuda", DEVICE), array
+        view.device = ("cuda", DEVICE)
         return view
 
     def is_addressable(self, array: DeviceArray) -> bool:
