@@ -193,10 +193,6 @@ class Launch:
             self._launches.append((launch, self.offsets.parts.index(part)))
         self.workspace_floats = _workspace_floats(plan)
 
-    def __call__(self, views: Mapping[str, View], workspace: int, dropout: Dropout | None, stream: int) -> None:
-        """Bind to arrays and launch on them, once."""
-        self.bind(views)({name: view.pointer for name, view in views.items()}, workspace, dropout, stream)
-
     def bind(self, views: Mapping[str, View]) -> Bound:
         """Return the launches for arrays of these names, shapes and strides; addresses come with every call."""
         return Bound(self, views)
