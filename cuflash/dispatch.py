@@ -92,7 +92,7 @@ class Prepared:
     copies: tuple[str, ...]  # operands to copy before anything else
     operands: dict[str, Fields]
     results: dict[str, tuple[tuple[int, ...], Fields]]  # the caller's shape, and how a backend sees it
-    launches: dict[tuple[str, ...], cuda_backend.Bound] = field(default_factory=dict)  # by the results that are wanted
+    launches: dict[tuple[str, ...], cuda_backend.BoundLaunch] = field(default_factory=dict)  # by wanted results
 
 
 def request(
@@ -335,7 +335,7 @@ def _launch(
     return results
 
 
-def _bind(direction: str, prepared: Prepared, wanted: tuple[str, ...], stream: int) -> cuda_backend.Bound:
+def _bind(direction: str, prepared: Prepared, wanted: tuple[str, ...], stream: int) -> cuda_backend.BoundLaunch:
     fields = {name: prepared.results[name][1] for name in wanted} | prepared.operands
     views = {name: View(0, *parts) for name, parts in fields.items()}
     return cuda_backend.bind(direction, prepared.problem, prepared.device_index, views, stream)

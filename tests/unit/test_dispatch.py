@@ -131,7 +131,7 @@ class HostBackend:
 
 @dataclass
 class HostLaunch:
-    """`cuflash.cuda.launch.Bound` by contract."""
+    """`cuflash.cuda.launch.BoundLaunch` by contract."""
 
     direction: str
     problem: Problem
