@@ -126,7 +126,6 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         section_heads=forward_section_heads(problem, device),
         packed_heads=heads,
         cluster_size=size,
-        cluster_heads=cluster_heads,
     )
 
 
