@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,7 @@ class DeviceAdapter(arrays.Adapter):
 
     def __init__(self) -> None:
         self.copied: list[DeviceArray] = []
+        self.freed_on: list[int] = []  # the device that was current when a workspace was freed
 
     def fingerprint(self, array: DeviceArray):
         return HOST.fingerprint(array.host)
@@ -56,6 +58,11 @@ class DeviceAdapter(arrays.Adapter):
         array = HOST.empty(shape, dtype, device_index)
         array.fill(np.nan)
         return DeviceArray(array)
+
+    def workspace(self, floats: int, device_index: int) -> tuple[int, DeviceArray]:
+        pointer, array = super().workspace(floats, device_index)
+        weakref.finalize(array, lambda: self.freed_on.append(self.current_device))
+        return pointer, array
 
     def packed(self, array: DeviceArray) -> DeviceArray:
         self.copied.append(array)
@@ -180,6 +187,10 @@ def normal(*shape: int, dtype: str = "float16", seed: int = 0) -> np.ndarray:
 
 def on_device(operands: dict[str, object]) -> dict[str, object]:
     return {name: DeviceArray(value) if isinstance(value, np.ndarray) else value for name, value in operands.items()}
+
+
+def fails(*_: object) -> None:
+    raise MemoryError
 
 
 CALLS = {
@@ -315,6 +326,17 @@ def test_out_is_written_in_place(backend):
     assert views["out"].pointer == out.host.ctypes.data and problem.out.shape == (2, 33, 4, 24)
 
 
+def test_a_workspace_is_freed_while_its_device_is_current(backend, monkeypatch):
+    """An asynchronous pool frees on a stream of the current device."""
+    adapter, operands = arrays.adapter_of(DeviceArray(np.empty(0))), on_device(CALLS["plain"])
+    cuflash.attention(**operands)
+    assert adapter.freed_on == [DEVICE]
+    monkeypatch.setattr(HostLaunch, "__call__", fails)
+    with pytest.raises(MemoryError):
+        cuflash.attention(**operands)
+    assert adapter.freed_on == [DEVICE, DEVICE]
+
+
 def test_another_alignment_is_another_problem(backend):
     memory = np.zeros(2 * 33 * 4 * 16 + 8, np.float16)
     for shift in (0, 1):
@@ -354,10 +376,6 @@ def test_lent_memory_is_held_while_it_is_copied(lender):
 def test_lent_memory_is_held_where_a_copy_or_a_launch_fails(lender, monkeypatch):
     """What was launched before may still run."""
     operands = {name: LentArray(array) for name, array in CALLS["strided"].items()}
-
-    def fails(*_: object) -> None:
-        raise MemoryError
-
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(HostLaunch, "__call__", fails)
         cuflash.attention(**operands)
