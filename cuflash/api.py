@@ -361,6 +361,11 @@ def explain(q: Array, k: Array, v: Array, *, device: str | None = None, **keywor
 def warmup(q: Array, k: Array, v: Array, **keywords) -> None:
     """Compile and load the kernels of a call and of its backward, before a timed run or the capture of a CUDA graph.
 
+    A captured backward writes to its workspace at every replay, though the memory is given back when the call returns.
+    Nothing else may get it: with CuPy arrays, capture under ``cupy.cuda.using_allocator(pool.malloc)``, where ``pool``
+    is a ``cupy.cuda.MemoryPool`` that serves nothing else and is kept as long as the graph. PyTorch's graphs keep a
+    pool of their own.
+
     Parameters
     ----------
     q, k, v, **keywords

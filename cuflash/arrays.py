@@ -9,6 +9,7 @@ brings one of its arrays, that is, when it is imported already.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
 from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -113,7 +114,7 @@ class NumpyAdapter(Adapter):
 
     def view(self, array: np.ndarray) -> View:
         dtype = dtype_name(array.dtype)
-        return View(self.pointer(array), array.shape, element_strides(array), dtype, ("cpu", 0), array)
+        return View(self.pointer(array), array.shape, element_strides(array), dtype, ("cpu", 0))
 
     def is_addressable(self, array: np.ndarray) -> bool:
         return array.flags.aligned
@@ -147,7 +148,7 @@ class CupyAdapter(Adapter):
 
     def view(self, array: Array) -> View:
         device = ("cuda", array.data.device_id)
-        return View(array.data.ptr, array.shape, element_strides(array), array.dtype.name, device, array)
+        return View(array.data.ptr, array.shape, element_strides(array), array.dtype.name, device)
 
     def is_addressable(self, array: Array) -> bool:
         # Zero-size arrays have no address; CuPy makes no array off its items' grid otherwise, but its views may.
@@ -206,7 +207,7 @@ class TorchAdapter(Adapter):
         if array.layout is not self._torch.strided or array.is_neg():  # no plain memory, and no dtype of ours
             kind = "lazily negated" if array.is_neg() else str(array.layout).removeprefix("torch.")
             return View.of(tuple(array.shape), f"{kind} {dtype}", device)
-        return View(array.data_ptr(), tuple(array.shape), array.stride(), dtype, device, array)
+        return View(array.data_ptr(), tuple(array.shape), array.stride(), dtype, device)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device_index: int) -> Array:
         return self._torch.empty(shape, dtype=self._dtypes[dtype], device=self._device(device_index))
@@ -295,6 +296,7 @@ class DlpackDeviceAdapter(DlpackAdapter):
 
     def __init__(self) -> None:
         self._in_flight: deque[tuple[Array, Mapping[str, Array]]] = deque()
+        self._dropping = threading.Lock()  # between looking at the first and popping it, no other thread may pop
 
     @property
     def native(self) -> Adapter:
@@ -316,8 +318,9 @@ class DlpackDeviceAdapter(DlpackAdapter):
         """
         import cupy
 
-        while self._in_flight and self._in_flight[0][0].done:
-            self._in_flight.popleft()
+        with self._dropping:
+            while self._in_flight and self._in_flight[0][0].done:
+                self._in_flight.popleft()
         with cupy.cuda.Device(arrays["q"].data.device_id):
             self._in_flight.append((cupy.cuda.get_current_stream().record(), arrays))
 

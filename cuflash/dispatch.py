@@ -67,7 +67,7 @@ class Request(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """A canonical `View` without its pointer and owner, the parts that differ between calls of one kind."""
+    """A canonical `View` without its pointer, the part that differs between calls of one kind."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -92,7 +92,7 @@ class Prepared:
     copies: tuple[str, ...]  # operands to copy before anything else
     operands: dict[str, Fields]
     results: dict[str, tuple[tuple[int, ...], Fields]]  # the caller's shape, and how a backend sees it
-    launches: dict[tuple[str, ...], cuda_backend.Bound] = field(default_factory=dict)  # by the results that are wanted
+    launches: dict[tuple[str, ...], cuda_backend.BoundLaunch] = field(default_factory=dict)  # by wanted results
 
 
 def request(
@@ -159,9 +159,9 @@ def forward(lender: Adapter, call: Request, *, want_lse: bool, keeps_q: bool = F
     if prepared.backend == "numpy":
         results = _forward_on_host(_seeded(prepared.problem, dropout), prepared, arrays)
     else:
-        results = _launch("forward", dropout, prepared, adapter, arrays, ("out", "lse") if want_lse else ("out",))
+        results = _launch("forward", dropout, prepared, lender, arrays, ("out", "lse") if want_lse else ("out",))
     if lender is not adapter:
-        results = _give(lender, adapter, prepared, arrays, results, call.operands["q"])
+        results = _give(lender, prepared, results, call.operands["q"])
     return results["out"] if given is None else given, results.get("lse")
 
 
@@ -173,8 +173,8 @@ def backward(lender: Adapter, call: Request) -> dict[str, Array]:
         results = _backward_on_host(_seeded(prepared.problem, dropout), prepared, arrays)
     else:
         wanted = ("dq", "dk", "dv", "dsinks") if prepared.problem.sinks else ("dq", "dk", "dv")
-        results = _launch("backward", dropout, prepared, adapter, arrays, wanted)
-    return results if lender is adapter else _give(lender, adapter, prepared, arrays, results, call.operands["q"])
+        results = _launch("backward", dropout, prepared, lender, arrays, wanted)
+    return results if lender is adapter else _give(lender, prepared, results, call.operands["q"])
 
 
 _prepared: dict[tuple, Prepared] = {}  # single reads and writes only, so threads need no lock
@@ -196,7 +196,10 @@ def prepare(lender: Adapter, operands: Operands, options: Options) -> tuple[Adap
             _prepared.clear()
         _prepared[key] = prepared
     if prepared.copies:
-        packed = {name: adapter.packed(arrays[name]) for name in prepared.copies}
+        try:
+            packed = {name: adapter.packed(arrays[name]) for name in prepared.copies}
+        finally:
+            lender.hold(arrays)  # the passes see the copies only, so nothing later holds the originals
         return prepare(adapter, {**arrays, **packed}, options)
     return adapter, arrays, prepared
 
@@ -302,12 +305,13 @@ def _launch(
     direction: str,
     dropout: Dropout | None,
     prepared: Prepared,
-    adapter: Adapter,
+    lender: Adapter,
     arrays: Operands,
     wanted: tuple[str, ...],
 ) -> dict[str, Array]:
     """Run one pass on the arrays' device and the caller's current stream, its results in new arrays or in ``out``."""
-    index, pointer, results = prepared.device_index, adapter.pointer, {}
+    adapter, index, results = lender.native, prepared.device_index, {}
+    pointer = adapter.pointer
     pointers = {name: pointer(array) for name, array in arrays.items()}
     with adapter.on_device(index):
         stream = adapter.stream(index)
@@ -327,19 +331,17 @@ def _launch(
             launch(pointers, workspace, dropout, stream)
         finally:
             del memory  # while its device is current: an asynchronous pool frees on that device's stream
+            lender.hold(arrays)  # a launch that fails may come after others of the pass, which read on
     return results
 
 
-def _bind(direction: str, prepared: Prepared, wanted: tuple[str, ...], stream: int) -> cuda_backend.Bound:
+def _bind(direction: str, prepared: Prepared, wanted: tuple[str, ...], stream: int) -> cuda_backend.BoundLaunch:
     fields = {name: prepared.results[name][1] for name in wanted} | prepared.operands
     views = {name: View(0, *parts) for name, parts in fields.items()}
     return cuda_backend.bind(direction, prepared.problem, prepared.device_index, views, stream)
 
 
-def _give(
-    lender: Adapter, adapter: Adapter, prepared: Prepared, arrays: Operands, results: dict[str, Array], like: Array
-) -> dict[str, Array]:
+def _give(lender: Adapter, prepared: Prepared, results: dict[str, Array], like: Array) -> dict[str, Array]:
     """Return results of the native kind as the caller's kind of array."""
-    with adapter.on_device(prepared.device_index):
-        lender.hold(arrays)
+    with lender.native.on_device(prepared.device_index):
         return {name: lender.give(array, like) for name, array in results.items()}

@@ -61,9 +61,9 @@ class Plan:
     ``dq_tile`` is the row of a kernel that computes dq alone. ``workspace`` maps a name to (shape, dtype);
     ``section_heads`` (batch, head) pairs are worked on together, because what their blocks share fits in L2.
     Rows of ``packed_heads`` query heads, which have their keys in common, share a tile; ``cluster_size`` thread
-    blocks share what is copied for them, those of the forward for ``cluster_heads`` heads (or packs of them). With
-    ``split_groups`` every query head has tiles of the backward of its own, and the heads of a group sum dk and dv
-    in float32. ``note`` says why a Hopper GPU runs the portable kernels, where it does.
+    blocks share what is copied for them. With ``split_groups`` every query head has tiles of the backward of its
+    own, and the heads of a group sum dk and dv in float32. ``note`` says why a Hopper GPU runs the portable kernels,
+    where it does.
     """
 
     problem: Problem
@@ -76,7 +76,6 @@ class Plan:
     dq_tile: QueriesRow | None = None
     packed_heads: int = 1
     cluster_size: int = 1
-    cluster_heads: int = 1
     split_groups: bool = False
     note: str | None = None
 

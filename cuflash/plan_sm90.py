@@ -111,11 +111,10 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "cluster_heads": ("int", cluster_heads),
     }
     spec = kernel_spec("forward_sm90", config, device.arch)
-    clusters = blocks * (problem.num_heads // heads) * layout.batch // size
+    tiles = blocks * (problem.num_heads // heads) * layout.batch
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": queries, "k": tile.block_n, "v": tile.block_n, "out": min(queries, WARPGROUP_ROWS)}
-    grid = size * min(device.sm_count // size, clusters)
-    step = Step(spec, grid, tile.threads, shared_bytes, 1, tuple(boxes.items()))
+    step = Step(spec, _persistent_grid(device, tiles, size), tile.threads, shared_bytes, 1, tuple(boxes.items()))
     return Plan(
         problem=problem,
         device=device,
@@ -126,7 +125,6 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         section_heads=forward_section_heads(problem, device),
         packed_heads=heads,
         cluster_size=size,
-        cluster_heads=cluster_heads,
     )
 
 
@@ -161,7 +159,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     steps = [_prepare_step(problem, device, config, tile)]
     if dq_tile is not None:
         steps.append(_queries_step(problem, device, config, dq_tile))
-    steps.append(_keys_step(problem, device, config, tile, problem.num_heads // heads, size))
+    steps.append(_keys_step(problem, device, config, tile, problem.num_heads // heads))
     if dq_tile is None:
         dq_bytes = tile_bytes(tile.block_m, tile.columns(head_dim))
         spec = kernel_spec("backward_finish", config, device.portable_arch)
@@ -196,6 +194,11 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     )
 
 
+def _persistent_grid(device: DeviceInfo, tiles: int, cluster_size: int) -> int:
+    """Thread blocks of a kernel that draws its tiles: one for each SM, in whole clusters, but no more than tiles."""
+    return min(device.sm_count // cluster_size * cluster_size, tiles)
+
+
 def _prepare_step(problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow) -> Step:
     block_m = PREPARED_ROWS if tile.split else tile.block_m
     spec = kernel_spec("backward_prepare", config | {"block_m": ("int", block_m)}, device.portable_arch)
@@ -204,12 +207,11 @@ def _prepare_step(problem: Problem, device: DeviceInfo, config: Config, tile: Ba
 
 
 def _keys_step(
-    problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow, num_heads: int, cluster_size: int
+    problem: Problem, device: DeviceInfo, config: Config, tile: BackwardRow | KeysRow, num_heads: int
 ) -> Step:
     spec = kernel_spec(tile.entry, config, device.arch)
     tiles = num_blocks(problem.layout.seqlen_k, tile.block_n) * num_heads * problem.layout.batch
-    most = device.sm_count // cluster_size * cluster_size
-    grid = min(most, tiles) if tile.persistent else tiles
+    grid = _persistent_grid(device, tiles, config["cluster_size"][1]) if tile.persistent else tiles
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
     boxes |= {"dk": WARPGROUP_ROWS, "dv": WARPGROUP_ROWS}

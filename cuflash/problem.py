@@ -39,8 +39,8 @@ AXES = {"bshd": "(batch, seqlen, heads, head_dim)", "bhsd": "(batch, heads, seql
 class View:
     """Where an array lies in memory, whatever library made it.
 
-    ``strides`` count elements; ``device`` is ``("cpu", 0)`` or ``("cuda", index)``; ``owner`` is the array itself and
-    keeps the memory alive. Not frozen: one is made per array and call, and freezing would double its cost.
+    ``strides`` count elements; ``device`` is ``("cpu", 0)`` or ``("cuda", index)``. Not frozen: one is made per
+    array and call, and freezing would double its cost.
     """
 
     pointer: int
@@ -48,7 +48,6 @@ class View:
     strides: tuple[int, ...]
     dtype: str
     device: tuple[str, int] = ("cpu", 0)
-    owner: object = None
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: str, device: tuple[str, int] = ("cpu", 0)) -> View:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from cuflash.cuda import module
-from cuflash.cuda.launch import Bound, Launch
+from cuflash.cuda.launch import BoundLaunch, Launch
 from cuflash.device import DeviceInfo, require_cupy
 from cuflash.plan import Plan
 from cuflash.planner import plan_backward, plan_forward, plan_passes
@@ -22,7 +22,7 @@ Planner = Callable[[Problem, DeviceInfo], Plan]
 PLANNERS: dict[str, Planner] = {"forward": plan_forward, "backward": plan_backward}
 
 
-def bind(direction: str, problem: Problem, device_index: int, views: Mapping[str, View], stream: int) -> Bound:
+def bind(direction: str, problem: Problem, device_index: int, views: Mapping[str, View], stream: int) -> BoundLaunch:
     """Return what launches a pass on arrays that lie in memory as ``views`` do, whatever their addresses.
 
     Parameters

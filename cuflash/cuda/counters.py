@@ -2,6 +2,10 @@
 
 Launches on one stream follow each other, so they can share a counter, and each leaves it at zero: no launch pays for
 clearing it. A captured launch may later run beside anything, so it gets a counter of its own.
+
+Streams are told apart by their handles, and CUDA may give a destroyed stream's handle to a new one, which then has the
+counter of the old. That one's launches are over by then, for CUDA keeps a destroyed stream until its work is done, and
+have left the counter at zero.
 """
 
 from __future__ import annotations

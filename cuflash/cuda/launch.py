@@ -193,13 +193,9 @@ class Launch:
             self._launches.append((launch, self.offsets.parts.index(part)))
         self.workspace_floats = _workspace_floats(plan)
 
-    def __call__(self, views: Mapping[str, View], workspace: int, dropout: Dropout | None, stream: int) -> None:
-        """Bind to arrays and launch on them, once."""
-        self.bind(views)({name: view.pointer for name, view in views.items()}, workspace, dropout, stream)
-
-    def bind(self, views: Mapping[str, View]) -> Bound:
+    def bind(self, views: Mapping[str, View]) -> BoundLaunch:
         """Return the launches for arrays of these names, shapes and strides; addresses come with every call."""
-        return Bound(self, views)
+        return BoundLaunch(self, views)
 
     def enqueue(self, pack_into: Callable[..., None], values: list[bytes | int], stream: int) -> None:
         """Launch with the struct that ``pack_into`` writes."""
@@ -216,7 +212,7 @@ class Launch:
         self._free.append(parameters)
 
 
-class Bound:
+class BoundLaunch:
     """The launches of a plan for one layout of its arrays.
 
     The parameters are packed at once, addresses between constants: a write for each would cost more than the launch.

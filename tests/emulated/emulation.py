@@ -174,14 +174,15 @@ def _run(
         workspace = memory.empty((prepared.workspace_floats,), np.float32)
         driver.memory = Memory(list(inputs.values()), [*results.values(), workspace, counter])
         views = {name: view_of(array) for name, array in (*inputs.items(), *results.items())}
-        prepared(views, workspace.ctypes.data, problem.dropout, stream=0)
+        pointers = {name: view.pointer for name, view in views.items()}
+        prepared.bind(views)(pointers, workspace.ctypes.data, problem.dropout, stream=0)
     assert counter == 0, "the kernel does not leave its tile counter at zero for the next launch"
     memory.check()
 
 
 def view_of(array: np.ndarray) -> View:
     strides = tuple(stride // array.itemsize for stride in array.strides)
-    return View(array.ctypes.data, array.shape, strides, array.dtype.name, owner=array)
+    return View(array.ctypes.data, array.shape, strides, array.dtype.name)
 
 
 class GuardedMemory:

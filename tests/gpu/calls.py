@@ -11,29 +11,33 @@ from cuflash.testing import Arrays
 
 OPERANDS = ("q", "k", "v")
 FEATURES = ("alibi_slopes", "sinks", "seqused_q", "seqused_k")
+INPUTS = (*OPERANDS, "dout", "dlse", *FEATURES)
 GRADIENTS = ("dq", "dk", "dv", "dsinks")
 
 
 def device_copies(arrays: Arrays) -> dict[str, DeviceCopy]:
-    names = (*OPERANDS, "dout", "dlse", *FEATURES)
-    given = {name: getattr(arrays, name) for name in names}
+    given = {name: getattr(arrays, name) for name in INPUTS}
     return {name: DeviceCopy(array) for name, array in given.items() if array is not None}
 
 
+def forward(operands: dict, **keywords) -> dict:
+    """out and lse by name, from canonical CuPy operands by name."""
+    out, lse = cuflash.attention(**_given(operands, OPERANDS + FEATURES), return_lse=True, **keywords)
+    return {"out": out, "lse": lse}
+
+
 def both_passes(operands: dict, **keywords) -> dict:
-    """out, lse and gradients by name, from canonical CuPy operands by name."""
-    q, k, v = (operands[name] for name in OPERANDS)
-    keywords |= {name: operands[name] for name in FEATURES if name in operands}
-    out, lse = cuflash.attention(q, k, v, return_lse=True, **keywords)
-    gradients = cuflash.attention_backward(
-        operands["dout"], q, k, v, out, lse, dlse=operands.get("dlse"), **keywords
-    )  # fmt: skip
-    found = {"out": out, "lse": lse, **{name: getattr(gradients, name) for name in GRADIENTS}}
-    return {name: array for name, array in found.items() if array is not None}
+    """The same, and the gradients."""
+    results = forward(operands, **keywords)
+    gradients = cuflash.attention_backward(**_given(operands, INPUTS), **results, **keywords)
+    return results | {name: array for name in GRADIENTS if (array := getattr(gradients, name)) is not None}
+
+
+def _given(arrays: dict, names: tuple[str, ...]) -> dict:
+    return {name: arrays[name] for name in names if name in arrays}
 
 
 def random_operands(case: Case, seed: int = 0) -> dict:
     """Contiguous CuPy operands of a case."""
     arrays = case.arrays(seed)
-    names = (*OPERANDS, "dout", "dlse", *FEATURES)
-    return {name: cupy.asarray(getattr(arrays, name)) for name in names if getattr(arrays, name) is not None}
+    return {name: cupy.asarray(getattr(arrays, name)) for name in INPUTS if getattr(arrays, name) is not None}

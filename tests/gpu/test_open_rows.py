@@ -5,10 +5,9 @@ from __future__ import annotations
 import cupy
 import pytest
 from cases import IN_CLUSTERS, Case, poison_unused
-from gpu.calls import FEATURES, OPERANDS, both_passes, device_copies, random_operands
+from gpu.calls import both_passes, device_copies, forward, random_operands
 from gpu.device_memory import guarded, same_bits
 
-import cuflash
 from benchmarks.variants import Change
 from cuflash.device import DeviceInfo
 from cuflash.testing import check
@@ -23,12 +22,6 @@ CLUSTERS = {"cluster_size": 2}
 def on_hopper():
     if not DeviceInfo.current(0).has_wgmma:
         pytest.skip("clusters are Hopper's")
-
-
-def forward(operands: dict, **keywords) -> dict:
-    keywords |= {name: operands[name] for name in FEATURES if name in operands}
-    out, lse = cuflash.attention(*(operands[name] for name in OPERANDS), return_lse=True, **keywords)
-    return {"out": out, "lse": lse}
 
 
 def change(pass_: str, **fields: int) -> Change:

@@ -15,6 +15,7 @@ from cuflash import device
 from cuflash.backends import cuda_backend
 from cuflash.cuda import counters, launch, module, tensor_map
 from cuflash.device import DeviceInfo
+from cuflash.dropout import Dropout
 from cuflash.problem import View
 
 COUNTERS = 1 << 36  # address of the tile counters
@@ -157,6 +158,17 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.delenv(module.IN_MEMORY, raising=False)
     monkeypatch.setattr(cuda_backend, "_launches", {})
     return fake
+
+
+def launch_on(
+    prepared: launch.Launch,
+    views: dict[str, View],
+    workspace: int = 0,
+    dropout: Dropout | None = None,
+    stream: int = 0,
+) -> None:
+    """Launch once on the arrays that views point to."""
+    prepared.bind(views)({name: view.pointer for name, view in views.items()}, workspace, dropout, stream)
 
 
 def forward_views(**operands: View) -> dict[str, View]:

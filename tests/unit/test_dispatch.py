@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,10 @@ class DeviceAdapter(arrays.Adapter):
     kind = "pretended"
     current_device = 0
 
+    def __init__(self) -> None:
+        self.copied: list[DeviceArray] = []
+        self.freed_on: list[int] = []  # the device that was current when a workspace was freed
+
     def fingerprint(self, array: DeviceArray):
         return HOST.fingerprint(array.host)
 
@@ -39,7 +44,7 @@ class DeviceAdapter(arrays.Adapter):
 
     def view(self, array: DeviceArray) -> View:
         view = HOST.view(array.host)
-        view.device, view.owner = ("cuda", DEVICE), array
+        view.device = ("cuda", DEVICE)
         return view
 
     def is_addressable(self, array: DeviceArray) -> bool:
@@ -54,18 +59,48 @@ class DeviceAdapter(arrays.Adapter):
         array.fill(np.nan)
         return DeviceArray(array)
 
+    def workspace(self, floats: int, device_index: int) -> tuple[int, DeviceArray]:
+        pointer, array = super().workspace(floats, device_index)
+        weakref.finalize(array, lambda: self.freed_on.append(self.current_device))
+        return pointer, array
+
     def packed(self, array: DeviceArray) -> DeviceArray:
+        self.copied.append(array)
         return DeviceArray(HOST.packed(array.host))
 
     @contextmanager
     def on_device(self, device_index: int):
         self.current_device, before = device_index, self.current_device
-        yield
-        self.current_device = before
+        try:
+            yield
+        finally:
+            self.current_device = before
 
     def stream(self, device_index: int) -> int:
         assert device_index == self.current_device
         return STREAM
+
+
+class LentArray(DeviceArray):
+    """The same of another library, which may take its memory back when nothing here holds it any more."""
+
+
+class Lender(arrays.Adapter):
+    kind = "lent"
+
+    def __init__(self, native: DeviceAdapter) -> None:
+        self._native = native
+        self.held: list[tuple[dict[str, DeviceArray], int]] = []  # and how many copies had been begun
+
+    @property
+    def native(self) -> DeviceAdapter:
+        return self._native
+
+    def borrow(self, name: str, array: LentArray) -> DeviceArray:
+        return DeviceArray(array.host)
+
+    def hold(self, arrays: dict[str, DeviceArray]) -> None:
+        self.held.append((arrays, len(self.native.copied)))
 
 
 class Memory:
@@ -103,7 +138,7 @@ class HostBackend:
 
 @dataclass
 class HostLaunch:
-    """`cuflash.cuda.launch.Bound` by contract."""
+    """`cuflash.cuda.launch.BoundLaunch` by contract."""
 
     direction: str
     problem: Problem
@@ -139,12 +174,23 @@ def backend(monkeypatch):
     return dispatch.cuda_backend
 
 
+@pytest.fixture
+def lender(backend, monkeypatch):
+    lender = Lender(arrays.adapter_of(DeviceArray(np.empty(0))))
+    monkeypatch.setitem(arrays._BY_TYPE, LentArray, lender)
+    return lender
+
+
 def normal(*shape: int, dtype: str = "float16", seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def on_device(operands: dict[str, object]) -> dict[str, object]:
     return {name: DeviceArray(value) if isinstance(value, np.ndarray) else value for name, value in operands.items()}
+
+
+def fails(*_: object) -> None:
+    raise MemoryError
 
 
 CALLS = {
@@ -280,6 +326,17 @@ def test_out_is_written_in_place(backend):
     assert views["out"].pointer == out.host.ctypes.data and problem.out.shape == (2, 33, 4, 24)
 
 
+def test_a_workspace_is_freed_while_its_device_is_current(backend, monkeypatch):
+    """An asynchronous pool frees on a stream of the current device."""
+    adapter, operands = arrays.adapter_of(DeviceArray(np.empty(0))), on_device(CALLS["plain"])
+    cuflash.attention(**operands)
+    assert adapter.freed_on == [DEVICE]
+    monkeypatch.setattr(HostLaunch, "__call__", fails)
+    with pytest.raises(MemoryError):
+        cuflash.attention(**operands)
+    assert adapter.freed_on == [DEVICE, DEVICE]
+
+
 def test_another_alignment_is_another_problem(backend):
     memory = np.zeros(2 * 33 * 4 * 16 + 8, np.float16)
     for shift in (0, 1):
@@ -304,3 +361,26 @@ def test_named_gpu_backends(backend):
     for name in ("cuda", "sm80", "sm90"):
         cuflash.attention(**on_device(CALLS["plain"]), backend=name)
     assert [problem.kernels for problem, _ in backend.calls] == [None, "sm80", "sm90"]
+
+
+def test_lent_memory_is_held_while_it_is_copied(lender):
+    """The kernels of a pass read the copies, but those that copy still read the lender's memory."""
+    operands = CALLS["strided"]
+    cuflash.attention(**{name: LentArray(array) for name, array in operands.items()})
+    (originals, copies_begun), (read, _) = lender.held
+    assert copies_begun == len(lender.native.copied) == 1
+    assert all(originals[name].host is operands[name] for name in "qkv")
+    assert [read[name].host is operands[name] for name in "qkv"] == [True, False, True]
+
+
+def test_lent_memory_is_held_where_a_copy_or_a_launch_fails(lender, monkeypatch):
+    """What was launched before may still run."""
+    operands = {name: LentArray(array) for name, array in CALLS["strided"].items()}
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(HostLaunch, "__call__", fails)
+        cuflash.attention(**operands)
+    assert len(lender.held) == 2
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(DeviceAdapter, "packed", fails)
+        cuflash.attention(**operands)
+    assert len(lender.held) == 3

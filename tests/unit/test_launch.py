@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_driver import COUNTERS, backward_views, driver, forward_views  # noqa: F401 - a fixture
+from fake_driver import COUNTERS, backward_views, driver, forward_views, launch_on  # noqa: F401 - a fixture
 
 from cuflash.cuda import launch
 from cuflash.cuda.source import kernels_folder
@@ -111,7 +111,7 @@ def test_forward_passes_every_address_and_stride(driver):  # noqa: F811
         seqused_k=View.of((2,), "int32", ("cuda", 0)),
     )
     plan = plan_forward(problem_of(views), HOPPER)
-    launch.Launch(plan, 0)(views, 0, None, stream=5)
+    launch_on(launch.Launch(plan, 0), views, stream=5)
     (launched,) = driver.launched
     step = plan.steps[0]
     assert (launched.entry, launched.stream) == ("forward_sm80", 5)
@@ -129,7 +129,7 @@ def test_backward_passes_every_address(driver):  # noqa: F811
     views = backward_views(dlse=View.of((2, 4, 100), "float32", ("cuda", 0)), **extra)
     plan = plan_backward(problem_of(views, deterministic=True), HOPPER)
     prepared = launch.Launch(plan, 0)
-    prepared(views, 1 << 40, None, stream=0)
+    launch_on(prepared, views, 1 << 40)
     assert [launched.entry for launched in driver.launched] == [step.spec.entry for step in plan.steps]
     assert len({launched.parameters for launched in driver.launched}) == 1
     params = read(launch.BACKWARD_PARAMS, driver.launched[0].parameters)
@@ -169,8 +169,8 @@ def test_a_bound_launch_takes_other_addresses_at_every_call(driver):  # noqa: F8
 def test_what_one_call_brought_does_not_stay_for_the_next(driver):  # noqa: F811
     views = forward_views()
     prepared = launch.Launch(plan_forward(problem_of(views), HOPPER), 0)
-    prepared(views, 0, None, 0)
-    prepared({name: view for name, view in views.items() if name != "lse"}, 0, None, 0)
+    launch_on(prepared, views)
+    launch_on(prepared, {name: view for name, view in views.items() if name != "lse"})
     with_lse, without = (read(launch.FORWARD_PARAMS, launched.parameters) for launched in driver.launched)
     assert with_lse["lse"] == views["lse"].pointer
     assert without["lse"] == 0
@@ -180,7 +180,7 @@ def test_seed_belongs_to_the_call(driver):  # noqa: F811
     views = forward_views()
     prepared = launch.Launch(plan_forward(problem_of(views, dropout_p=0.5), HOPPER), 0)
     for seed, offset in ((0x1122334455667788, 9), ((1 << 64) - 1, (1 << 32) - 1), (0, 0)):
-        prepared(views, 0, Dropout(0.5, seed, offset), 0)
+        launch_on(prepared, views, dropout=Dropout(0.5, seed, offset))
         key = read(launch.FORWARD_PARAMS, driver.launched[-1].parameters)["dropout"]
         assert int(key["seed_low"]) | int(key["seed_high"]) << 32 == seed
         assert (key["offset"], key["threshold"], key["scale"]) == (offset, 32768, 2.0)
@@ -188,7 +188,7 @@ def test_seed_belongs_to_the_call(driver):  # noqa: F811
 
 def test_negative_strides(driver):  # noqa: F811
     views = forward_views(k=View(0, (2, 100, 4, 64), (25600, -256, 64, 1), "bfloat16", ("cuda", 0)))
-    launch.Launch(plan_forward(problem_of(views), HOPPER), 0)(views, 0, None, 0)
+    launch_on(launch.Launch(plan_forward(problem_of(views), HOPPER), 0), views)
     assert read(launch.FORWARD_PARAMS, driver.launched[0].parameters)["k"]["row_stride"] == -256
 
 
@@ -204,7 +204,7 @@ def test_thread_without_a_context_gets_one(driver):  # noqa: F811
     views = forward_views()
     prepared = launch.Launch(plan_forward(problem_of(views), HOPPER), 0)
     driver.has_context = False
-    prepared(views, 0, None, 0)
+    launch_on(prepared, views)
     assert driver.has_context
 
 
@@ -249,7 +249,7 @@ def test_hopper_forward_passes_maps_counter_and_constants(driver, hopper):  # no
     prepared, plan = hopper
     views, step, tile = forward_views(), plan.steps[0], plan.tile
     for stream in (3, 4, 3):
-        prepared(views, 0, None, stream)
+        launch_on(prepared, views, stream=stream)
     assert {(launched.entry, launched.grid, launched.threads) for launched in driver.launched} == {
         ("forward_sm90", step.grid, step.threads)
     }
@@ -277,7 +277,7 @@ def test_maps_are_encoded_once_for_an_address(driver, hopper):  # noqa: F811
     views = forward_views()
     for shift in (0, 0, 256, 0, 256):
         moved = replace(views["k"], pointer=views["k"].pointer + shift)
-        prepared(views | {"k": moved}, 0, None, 0)
+        launch_on(prepared, views | {"k": moved})
         assert maps_in(launch.FORWARD_SM90_PARAMS, driver.launched[-1])["k"][0] == moved.pointer
     assert [pointer for pointer, _ in driver.encoded] == [
         *(views[name].pointer for name in ("q", "k", "v", "out")),
@@ -292,7 +292,7 @@ def test_maps_of_one_address_differ_by_strides(driver, hopper):  # noqa: F811
     batch, seqlen, heads, head_dim = views["out"].shape
     swapped = replace(views["out"], strides=(seqlen * heads * head_dim, head_dim, seqlen * head_dim, 1))
     for out in (views["out"], swapped, views["out"]):
-        prepared(views | {"out": out}, 0, None, 0)
+        launch_on(prepared, views | {"out": out})
     assert [pointer for pointer, _ in driver.encoded].count(views["out"].pointer) == 2
 
 
@@ -301,7 +301,7 @@ def test_number_of_maps_kept_is_bounded(driver, hopper, monkeypatch):  # noqa: F
     prepared, _ = hopper
     for number in range(1, 12):
         views = {name: replace(view, pointer=view.pointer + 16 * number) for name, view in forward_views().items()}
-        prepared(views, 0, None, 0)
+        launch_on(prepared, views)
         assert all(len(operand.maps_like(views[operand.name])) <= 3 for operand in prepared.through_maps)
         found = maps_in(launch.FORWARD_SM90_PARAMS, driver.launched[-1])
         assert {name: pointer for name, (pointer, _) in found.items()} == {name: views[name].pointer for name in found}
@@ -311,7 +311,7 @@ def test_captured_launches_have_counters_of_their_own(driver, hopper):  # noqa: 
     prepared, _ = hopper
     driver.capturing = 7
     for stream in (7, 7, 1):
-        prepared(forward_views(), 0, None, stream)
+        launch_on(prepared, forward_views(), stream=stream)
     counters = {int(read(launch.FORWARD_SM90_PARAMS, one.parameters)["tile_counter"]) for one in driver.launched}
     assert len(counters) == 3
 
@@ -319,7 +319,7 @@ def test_captured_launches_have_counters_of_their_own(driver, hopper):  # noqa: 
 def test_hopper_backward_passes_maps_to_its_main_kernel_alone(driver):  # noqa: F811
     views = backward_views(dlse=View.of((2, 4, 100), "float32", ("cuda", 0)))
     plan = plan_backward(problem_of(views, kernels="sm90"), HOPPER)
-    launch.Launch(plan, 0)(views, 1 << 40, None, stream=6)
+    launch_on(launch.Launch(plan, 0), views, 1 << 40, stream=6)
     entries = ["backward_prepare", "backward_sm90", "backward_finish"]
     assert [(launched.entry, launched.stream) for launched in driver.launched] == [(entry, 6) for entry in entries]
     prepare, main, finish = driver.launched

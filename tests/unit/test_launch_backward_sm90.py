@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_driver import addressed, driver  # noqa: F401 - a fixture
+from fake_driver import addressed, driver, launch_on  # noqa: F401 - a fixture
 
 from cuflash.cuda import launch
 from cuflash.device import DeviceInfo
@@ -44,7 +44,7 @@ def plan_of(views: dict[str, View], **keywords: object):
 def launched_by(driver, views: dict[str, View], **keywords: object):  # noqa: F811
     """The plan of a call, and what its kernels were launched with, by entry point."""
     plan = plan_of(views, **keywords)
-    launch.Launch(plan, 0)(views, WORKSPACE, None, stream=3)
+    launch_on(launch.Launch(plan, 0), views, WORKSPACE, stream=3)
     return plan, {launched.entry: launched for launched in driver.launched}
 
 
@@ -128,7 +128,7 @@ def test_maps_have_boxes_of_what_a_warpgroup_or_a_block_moves(driver, head_dim, 
 def test_workspace_is_parted_without_overlap(driver):  # noqa: F811
     plan = plan_of(views_of())
     prepared = launch.Launch(plan, 0)
-    prepared(views_of(), WORKSPACE, None, stream=0)
+    launch_on(prepared, views_of(), WORKSPACE)
     params = common_of(driver.launched[0])
     parts = sorted((int(params[name]), 4 * math.prod(shape)) for name, (shape, _) in plan.workspace.items())
     assert [name for name in ("row_lse", "row_delta", "dq_accum", "dq_turn") if params[name]] == list(plan.workspace)
@@ -150,7 +150,7 @@ def test_moved_arrays_get_new_maps_and_what_stayed_keeps_its_own(driver):  # noq
     prepared = launch.Launch(plan_of(views), 0)
     for shift in (0, 4096, 0):
         moved = replace(views["dout"], pointer=views["dout"].pointer + shift)
-        prepared(views | {"dout": moved}, WORKSPACE, None, 0)
+        launch_on(prepared, views | {"dout": moved}, WORKSPACE)
         main = next(one for one in reversed(driver.launched) if one.entry == "backward_sm90")
         assert maps_of(main)["dout"][0] == common_of(driver.launched[-1])["dout"]["data"] == moved.pointer
     assert len(driver.encoded) == len(MAPS) + 1
