@@ -178,7 +178,7 @@ _DQ_SCHEDULE = ("num_consumers", "value_stages")
 CONFIG_FIELDS = {
     "forward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "sinks"),
     "forward_sm90": (
-        *("Element", "head_dim", "head_dim_v", "block_n", "packed_heads", "cluster_size", "cluster_heads"),
+        *("Element", "head_dim", "head_dim_v", "block_n", "packed_heads", "cluster_size"),
         *_SCHEDULE,
         *_SCORES,
         *("sinks", "used_keys"),

@@ -85,7 +85,7 @@ def _row_obstacle(name: str, keyword: str, columns: int) -> str | None:
 
 def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     layout = problem.layout
-    extras = scale_first(problem) + (problem.modifiers.softcap != 0) + 2 * (problem.dropout is not None)
+    extras = scale_first(problem) + (problem.modifiers.softcap != 0) + 3 * (problem.dropout is not None)
     causal = problem.mask.right is not None
     sizes = (problem.head_dim, problem.head_dim_v, layout.seqlen_q)
     tile = forward_row(*sizes, causal=causal, extras=extras)
@@ -95,7 +95,7 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     queries = tile.block_m // heads
     masked = causal or problem.mask.left is not None
     blocks = num_blocks(layout.seqlen_q, queries)
-    size, cluster_heads = tile.clusters(problem.group_size // heads, blocks, masked=masked)
+    cluster_size = tile.clusters(blocks, masked=masked)
     config = score_config(problem) | {
         "block_n": ("int", tile.block_n),
         "num_consumers": ("int", tile.num_consumers),
@@ -107,14 +107,14 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "early_draws": ("int", tile.early_draws if problem.dropout is not None else 0),
         "used_keys": ("bool", layout.used_k),
         "packed_heads": ("int", heads),
-        "cluster_size": ("int", size),
-        "cluster_heads": ("int", cluster_heads),
+        "cluster_size": ("int", cluster_size),
     }
     spec = kernel_spec("forward_sm90", config, device.arch)
     tiles = blocks * (problem.num_heads // heads) * layout.batch
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": queries, "k": tile.block_n, "v": tile.block_n, "out": min(queries, WARPGROUP_ROWS)}
-    step = Step(spec, _persistent_grid(device, tiles, size), tile.threads, shared_bytes, 1, tuple(boxes.items()))
+    grid = _persistent_grid(device, tiles, cluster_size)
+    step = Step(spec, grid, tile.threads, shared_bytes, 1, tuple(boxes.items()))
     return Plan(
         problem=problem,
         device=device,
@@ -124,7 +124,7 @@ def plan_forward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         workspace={},
         section_heads=forward_section_heads(problem, device),
         packed_heads=heads,
-        cluster_size=size,
+        cluster_size=cluster_size,
     )
 
 

@@ -37,8 +37,8 @@ class ForwardRow:
     causal : bool or None
         Whether the row is for masks that cut to the right, for those that do not, or (None) for both.
     extras : int
-        How much of what needs registers in the inner loop the row serves at most without spilling them: scores scaled
-        before the softmax, the softcap once more than as a scale, dropout twice.
+        How much that takes registers or time in the inner loop the row serves at most: scores scaled before the softmax
+        are 1, a softcap is 1 more, dropout 3.
     num_consumers : int
         Warpgroups of 64 query rows each, beside the producer.
     block_n : int
@@ -54,12 +54,12 @@ class ForwardRow:
         The output is rescaled only where a row's maximum has grown by more than 2^8.
     eighths_before_wait : int
         Eighths of the exponentials that stand before the wait for the output's product; 0 leaves it to the compiler.
-    reason : str
-        The measurement that chose the row.
     cluster_size : int
-        Thread blocks that share the copies of keys and values, where there are tiles for them.
+        Thread blocks, on neighbouring query blocks, that share the copies of keys and values where no mask cuts.
     early_draws : int
         Philox calls, for eight scores of a thread each, that dropout makes while the tensor cores are at the scores.
+    reason : str
+        The measurement that chose the row.
     """
 
     head_dim: int
@@ -74,9 +74,9 @@ class ForwardRow:
     ping_pong: bool
     lazy_rescale: bool
     eighths_before_wait: int
+    cluster_size: int
+    early_draws: int
     reason: str
-    cluster_size: int = 1
-    early_draws: int = 0
 
     @property
     def block_m(self) -> int:
@@ -98,22 +98,16 @@ class ForwardRow:
         barriers = 2 * (self.query_stages + 2 * STAGES) * BARRIER_BYTES
         return (q + staged if self.out_chunks else max(q, out)) + STAGES * k_and_v + barriers + QUEUE_BYTES
 
-    def clusters(self, group_size: int, query_blocks: int, *, masked: bool) -> tuple[int, int]:
-        """Choose how many thread blocks share keys and values, and whether they have heads of a group or query blocks.
+    def clusters(self, query_blocks: int, *, masked: bool) -> int:
+        """Choose how many of the query blocks of a head share keys and values.
 
-        Heads of a group see the same keys. Query blocks do so where no mask cuts; else each would wait for the other
-        where it sees nothing. Returns the size of a cluster and the heads (or packs of them) in it. ``query_blocks``
-        are those of a head, ``group_size`` its group's heads (or packs).
+        Where a mask cuts each would wait for the other where it sees nothing itself.
 
-        >>> from dataclasses import replace
-        >>> row = replace(forward_row(256, 256, 8192, causal=False, extras=0), cluster_size=2)
-        >>> row.clusters(8, 64, masked=True), row.clusters(1, 64, masked=False), row.clusters(1, 64, masked=True)
-        ((2, 2), (2, 1), (1, 1))
+        >>> row = forward_row(256, 256, 8192, causal=False, extras=0)
+        >>> row.clusters(64, masked=False), row.clusters(63, masked=False), row.clusters(64, masked=True)
+        (2, 1, 1)
         """
-        size = self.cluster_size
-        if group_size % size == 0:
-            return size, size
-        return (1, 1) if masked or query_blocks % size else (size, 1)
+        return 1 if masked or query_blocks % self.cluster_size else self.cluster_size
 
     def describe(self) -> str:
         schedule = [f"{self.num_consumers} consumer warpgroups"]
@@ -301,18 +295,21 @@ class QueriesRow:
 
 # fmt: off
 FORWARD = (
-    #          D    Dv   longest causal extras consumers n q out ping_pong lazy eighths
-    ForwardRow(64,  64,  None, None,  1,   3, 128, 2, 1, True,  False, 0, "0.97 to 1.09; ALiBi 0.87 of plain"),
-    ForwardRow(64,  64,  None, None,  ANY, 3, 96,  2, 1, True,  False, 0, "1.36 of FA2 with dropout; 112 keys spill"),
-    ForwardRow(64,  64,  None, None,  ANY, 2, 128, 2, 1, True,  False, 2, "1.5 to 4.5 of a head a tile"),
-    ForwardRow(128, 128, 1024, True,  0,   2, 128, 2, 2, True,  False, 2, "1.01 to 1.02 of the row below"),
-    ForwardRow(128, 128, None, None,  ANY, 2, 128, 2, 2, False, False, 2, "0.96 to 1.07"),
-    ForwardRow(192, 128, None, None,  ANY, 2, 128, 1, 1, False, False, 2, "1.17 to 1.27 of cuDNN"),
-    ForwardRow(192, 192, None, None,  1,   2, 112, 1, 0, False, False, 2, "1.09 to 1.18 of cuDNN"),
-    ForwardRow(192, 192, None, None,  ANY, 2, 96,  1, 1, False, False, 2, "unmeasured: 112 keys spill with softcap"),
-    ForwardRow(256, 256, None, True,  ANY, 2, 64,  1, 2, False, True,  1, "1.00 to 1.17"),
-    ForwardRow(256, 256, 1024, None,  ANY, 2, 64,  1, 2, False, True,  1, "1.06 at 512; 80 keys: 0.96"),
-    ForwardRow(256, 256, None, None,  ANY, 2, 80,  1, 0, False, True,  2, "0.96 to 0.99; 64 keys: 0.94 to 0.96"),
+    #          D    Dv   longest causal extras consumers n q out ping_pong lazy eighths cluster draws
+    ForwardRow(64,  64,  None, None,  1,   3, 128, 2, 1, True,  False, 0, 1, 0, "0.97 to 1.09; ALiBi 0.87 of plain"),
+    ForwardRow(64,  64,  None, True,  ANY, 3, 96,  2, 1, True,  False, 4, 1, 0, "1.03 to 1.05 of 0/8; 112 keys spill"),
+    ForwardRow(64,  64,  None, None,  ANY, 3, 96,  2, 1, True,  False, 2, 1, 0, "1.05 of 0/8"),
+    ForwardRow(64,  64,  None, None,  ANY, 2, 128, 2, 1, True,  False, 2, 1, 0, "1.5 to 4.5 of a head a tile"),
+    ForwardRow(128, 128, 1024, True,  0,   2, 128, 2, 2, True,  False, 2, 1, 0, "1.01 to 1.02 of the row below"),
+    ForwardRow(128, 128, 2048, None,  2,   2, 128, 2, 2, False, False, 2, 1, 0, "0.96 to 1.07; clusters 0.99"),
+    ForwardRow(128, 128, None, None,  2,   2, 128, 2, 2, False, False, 2, 2, 0, "1.00 to 1.12 of no clusters"),
+    ForwardRow(128, 128, None, None,  ANY, 2, 128, 2, 2, True,  False, 0, 2, 8, "1.08 to 1.12 of no turns, 2/8"),
+    ForwardRow(192, 128, None, None,  ANY, 2, 128, 1, 1, False, False, 2, 1, 0, "1.17 to 1.27 of cuDNN"),
+    ForwardRow(192, 192, None, None,  1,   2, 112, 1, 0, False, False, 2, 1, 0, "1.09 to 1.18 of cuDNN"),
+    ForwardRow(192, 192, None, None,  ANY, 2, 96,  1, 1, False, False, 2, 1, 0, "unmeasured: 112 keys spill"),
+    ForwardRow(256, 256, None, True,  ANY, 2, 64,  1, 2, False, True,  1, 1, 0, "1.00 to 1.17"),
+    ForwardRow(256, 256, 1024, None,  ANY, 2, 64,  1, 2, False, True,  1, 1, 0, "1.06 at 512; 80 keys: 0.96"),
+    ForwardRow(256, 256, None, None,  ANY, 2, 80,  1, 0, True,  True,  2, 2, 0, "1.02 of no clusters, no turns"),
 )
 BACKWARD = (
     #           D    split  block_m split_groups_from

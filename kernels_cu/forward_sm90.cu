@@ -7,8 +7,7 @@
 // Where a head has few queries, a tile holds those of several heads that share their keys: the rows of one head after the other,
 // so that a slab belongs to one head and everything that depends on the head is the same for all of it.
 //
-// The CTAs of a cluster have tiles with the same keys, of neighbouring query blocks or of neighbouring heads of a group: every key
-// block comes from L2 once for all of them.
+// The CTAs of a cluster have neighbouring query blocks, which all see the same keys: every key block comes from L2 once for them.
 //
 // A consumer keeps scores, probabilities and output in registers. It starts the scores of the next key block before the product
 // of the present probabilities with v, so that the tensor cores work while it exponentiates.
@@ -33,8 +32,7 @@ constexpr int kBlockM = kConsumers * tile::kWarpgroupRows, kBlockN = Config::blo
 constexpr int kQueries = kBlockM / Config::packed_heads;  // of each head of a tile
 constexpr int kGroupQueries = kQueries < tile::kWarpgroupRows ? kQueries : tile::kWarpgroupRows;  // of a head of a warpgroup
 constexpr int kCtas = Config::cluster_size;
-constexpr int kClusterBlocks = kCtas / Config::cluster_heads;  // of queries, which see the same keys
-static_assert(kClusterBlocks == 1 || !(Config::window_left || Config::window_right), "no block waits where only others see keys");
+static_assert(kCtas == 1 || !(Config::window_left || Config::window_right), "no block waits where only others see keys");
 static_assert(kQueries % tile::kSlabRows == 0 && (kQueries % tile::kWarpgroupRows == 0 || tile::kWarpgroupRows % kQueries == 0),
               "slabs belong to one head, and warpgroups to whole heads or to parts of one");
 // The head and the query of a row of a tile, counted from the tile's first.
@@ -94,21 +92,19 @@ struct Shared {
 
 // Tiles in the order in which CTAs take them, those of a cluster counted as one: longest first where they differ in length. `head` is
 // a tile's first.
-constexpr int kClusterHeads = Config::cluster_heads * Config::packed_heads;
 DEVICE int num_tiles(const Shape& shape) {
-  return tile::ceil_divide(shape.seqlen_q, kClusterBlocks * kQueries) * (shape.num_heads / kClusterHeads) * shape.batch;
+  return tile::ceil_divide(shape.seqlen_q, kCtas * kQueries) * (shape.num_heads / Config::packed_heads) * shape.batch;
 }
 DEVICE tile::TileIndex tile_of(const Shape& shape, int index) {
-  const tile::TileIndex at = tile::query_tile_of<Config>(shape, index, kClusterBlocks * kQueries, shape.num_heads / kClusterHeads,
-                                                         shape.section_heads / kClusterHeads);
-  const int block = kClusterBlocks == 1 ? at.block : at.block * kClusterBlocks + arch::cluster_rank<kCtas>();
-  const int pack = Config::cluster_heads == 1 ? at.head : at.head * Config::cluster_heads + arch::cluster_rank<kCtas>();
-  return {block, pack * Config::packed_heads, at.batch};
+  const tile::TileIndex at = tile::query_tile_of<Config>(shape, index, kCtas * kQueries, shape.num_heads / Config::packed_heads,
+                                                         shape.section_heads / Config::packed_heads);
+  const int block = kCtas == 1 ? at.block : at.block * kCtas + arch::cluster_rank<kCtas>();
+  return {block, at.head * Config::packed_heads, at.batch};
 }
 // What is loaded for a tile, and for the others of its cluster.
 DEVICE tile::Range loaded_blocks(const tile::Band<Config>& band, int block) {
-  constexpr int kClusterQueries = kClusterBlocks * kQueries;
-  return band.template key_blocks<kClusterQueries, kBlockN>(block / kClusterBlocks * kClusterQueries);
+  constexpr int kClusterQueries = kCtas * kQueries;
+  return band.template key_blocks<kClusterQueries, kBlockN>(block / kCtas * kClusterQueries);
 }
 
 // One thread: keys one block ahead of values, which are needed later; the next tile's first buffers as soon as they are free.
@@ -171,9 +167,8 @@ struct Turns {
   }
 };
 
-// The output is rescaled right before its product where it has no registers to wait in, and where a branch skips that: at a step's end
-// the branch would make ptxas move all exponentials before the wait for the product.
-constexpr bool kRescalesFirst = Config::head_dim_v > 128 || Config::lazy_rescale;
+// The output is rescaled right before its product where it has no registers to wait in.
+constexpr bool kRescalesFirst = Config::head_dim_v > 128;
 
 // Dropout takes as many instructions as the softmax. What registers allow of it is drawn while the tensor cores are at the scores.
 constexpr int kEarlyDraws = Config::dropout && !Config::softcap ? Config::early_draws : 0;

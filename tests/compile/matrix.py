@@ -120,7 +120,7 @@ def hopper_rows() -> Iterator[Kernel]:
 
 def heaviest(row: ForwardRow) -> tuple[str, ...]:
     """The most features that a row of the Hopper forward serves at once."""
-    return RICHEST if row.extras == ANY else (*WITHOUT_EXTRAS, *("alibi",) * row.extras)
+    return RICHEST if row.extras == ANY else (*WITHOUT_EXTRAS, *("alibi", "softcap")[: row.extras])
 
 
 def feature_pairs(arch: str, pass_: str, head_dim: int, kernels: str = "sm80") -> Iterator[Kernel]:

@@ -37,11 +37,10 @@ PADDED_IN_TURN = replace(PADDED, id="padded-in-turn", head_dim=64, seqlen_q=333,
 PACKED = Case("packed", batch=2, seqlen_q=20, seqlen_k=203, num_heads=8, num_kv_heads=2, head_dim=128, alibi="head")
 
 forward_bug = partial(Bug, entry="forward_sm90", arch="sm_90a", case=TILES)
-# Clusters of two heads of a group, and of two blocks of queries.
+# Clusters of two blocks of queries; in the second sequence only the first block has any.
 CLUSTER = {"arch": "sm_90a", "row": (("cluster_size", 2),)}
-clustered = partial(Bug, entry="forward_sm90", case=replace(TILES, id="heads-in-clusters"), **CLUSTER)
-NEIGHBOURS = replace(TILES, id="blocks-in-clusters", seqlen_q=500, num_kv_heads=4, causal=False, batch=2)
-NEIGHBOURS = replace(NEIGHBOURS, seqused_q=(500, 65))
+NEIGHBOURS = replace(TILES, id="clusters", seqlen_q=500, num_kv_heads=4, causal=False, batch=2, seqused_q=(500, 65))
+clustered = partial(Bug, entry="forward_sm90", case=NEIGHBOURS, **CLUSTER)
 DRAWN = replace(MANY_KEYS, id="drawn", dropout_p=0.3)
 
 END_OF_OUTPUT = """arch::product_wait<0>();
@@ -197,10 +196,12 @@ FORWARD_BUGS = [
         before="else arch::cluster_begin();", after="else arch::block_barrier();"),
     clustered("a block leaves before the others are done", error=TwinError, message="the block leaves|has left",
         before="  if (kCtas > 1) arch::cluster_end();", after=""),
-    clustered("keys of one block alone", error=(TwinError, WrongAnswer), case=NEIGHBOURS,
-        before="(block / kClusterBlocks * kClusterQueries)", after="(block * kQueries)"),
-    clustered("blocks of a cluster have one tile", error=WrongAnswer, case=NEIGHBOURS,
-        before="at.block * kClusterBlocks + arch::cluster_rank<kCtas>()", after="at.block * kClusterBlocks"),
+    clustered("keys of one block alone", error=(TwinError, WrongAnswer),
+        before="(block / kCtas * kClusterQueries)", after="(block * kQueries)"),
+    clustered("blocks of a cluster have one tile", error=WrongAnswer,
+        before="kCtas == 1 ? at.block : at.block * kCtas + arch::cluster_rank<kCtas>()", after="at.block * kCtas"),
+    clustered("the rank of a block in a descriptor", error=(TwinError, WrongAnswer),
+        before="kDescriptorAddressBits = (1u << 18) - 1;", after="kDescriptorAddressBits = ~0u;"),
     clustered("a tile sent unannounced", error=TwinError, message=f"{RACE}|{DEADLOCK}",
         before="arch::barrier_arrive_expecting(its_full, sizeof(uint32));", after="arch::barrier_arrive(its_full);"),
     clustered("own producer counted as a reader of the queue", error=TwinError, message=DEADLOCK,

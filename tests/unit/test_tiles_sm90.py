@@ -28,13 +28,14 @@ LONGEST_BOX = 256  # rows that the copy engine moves at once
 
 
 def row_id(row) -> str:
-    return f"{row.head_dim}x{row.head_dim_v}-{row.longest or 'any'}-{row.causal}-{row.block_m}x{row.block_n}"
+    serves = f"{row.head_dim}x{row.head_dim_v}-{row.longest or 'any'}-{row.causal}-{row.extras}"
+    return f"{serves}-{row.block_m}x{row.block_n}"
 
 
 rows = pytest.mark.parametrize("row", FORWARD, ids=row_id)
 
 
-@pytest.mark.parametrize("extras", range(5))
+@pytest.mark.parametrize("extras", range(6))
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q", [0, 1, 512, 513, 1024, 1025, 1 << 29])
 def test_every_problem_has_a_row_that_fits(seqlen_q, causal, extras):
@@ -84,7 +85,7 @@ def test_row_is_reached(row):
     seqlen_q = row.longest or 1 << 20
     causals = (False, True) if row.causal is None else (row.causal,)
     sizes = (row.head_dim, row.head_dim_v, seqlen_q)
-    demands = itertools.product(causals, range(5), (False, True))
+    demands = itertools.product(causals, range(6), (False, True))
     keywords = (dict(zip(("causal", "extras", "packed"), demand, strict=True)) for demand in demands)
     assert row in {forward_row(*sizes, **demand) for demand in keywords}
 
