@@ -96,12 +96,9 @@ class Plan:
 
     @property
     def key_tiles(self) -> int:
-        """Tiles of the backward, those of a cluster counted as one.
-
-        They are blocks of keys of all key/value heads, of all query heads where groups are split.
-        """
+        """Tiles of the backward: blocks of keys of all key/value heads, of all query heads where groups are split."""
         heads = self.problem.num_heads if self.split_groups else self.problem.num_kv_heads
-        blocks = num_blocks(self.problem.layout.seqlen_k, self.tile.block_n) // self.cluster_size
+        blocks = num_blocks(self.problem.layout.seqlen_k, self.tile.block_n)
         return blocks * heads * self.problem.layout.batch
 
     @property
@@ -189,7 +186,7 @@ CONFIG_FIELDS = {
     ),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
     "backward_sm90": (
-        *("Element", "head_dim", "head_dim_v", "block_m", "cluster_size", *_SCORES, *_USED),
+        *("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, *_USED),
         *("with_dq", "first_stores", "split_groups"),
     ),
     "backward_keys_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "used_queries"),

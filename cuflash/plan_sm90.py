@@ -137,7 +137,6 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     split_groups = tile.splits_groups(problem.group_size, layout.seqlen_q, causal=causal)
     heads = 1 if split_groups else problem.group_size
     queries = problem.mask.band(layout.seqlen_q, layout.seqlen_k).most_queries(tile.block_n)
-    size = tile.clusters(num_blocks(layout.seqlen_k, tile.block_n), window_left=problem.mask.left is not None)
     first_stores = dq_tile is None and tile.first_stores(queries, heads, causal=causal)
     config = score_config(problem) | {
         "head_dim": ("int", tile.columns(head_dim)),
@@ -147,7 +146,6 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "num_warps": ("int", tile.num_warps),
         "load_bytes": ("int", load_bytes(problem, "backward")),
         "store_bytes": ("int", store_bytes(problem, "backward")),
-        "cluster_size": ("int", size),
         "warpgroups": ("bool", True),
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
@@ -189,12 +187,11 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         workspace=workspace,
         section_heads=backward_section_heads(problem, device, accumulates_dq=not tile.split, split_groups=split_groups),
         dq_tile=dq_tile,
-        cluster_size=size,
         split_groups=split_groups,
     )
 
 
-def _persistent_grid(device: DeviceInfo, tiles: int, cluster_size: int) -> int:
+def _persistent_grid(device: DeviceInfo, tiles: int, cluster_size: int = 1) -> int:
     """Thread blocks of a kernel that draws its tiles: one for each SM, in whole clusters, but no more than tiles."""
     return min(device.sm_count // cluster_size * cluster_size, tiles)
 
@@ -211,7 +208,7 @@ def _keys_step(
 ) -> Step:
     spec = kernel_spec(tile.entry, config, device.arch)
     tiles = num_blocks(problem.layout.seqlen_k, tile.block_n) * num_heads * problem.layout.batch
-    grid = _persistent_grid(device, tiles, config["cluster_size"][1]) if tile.persistent else tiles
+    grid = _persistent_grid(device, tiles) if tile.persistent else tiles
     shared_bytes = tile.shared_bytes(config["head_dim"][1], config["head_dim_v"][1])
     boxes = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
     boxes |= {"dk": WARPGROUP_ROWS, "dv": WARPGROUP_ROWS}

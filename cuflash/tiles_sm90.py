@@ -137,9 +137,6 @@ class BackwardRow:
         A CTA a multiprocessor goes from tile to tile, and loads the next one's operands meanwhile; else a CTA a tile.
     reason : str
         The measurement that chose the row.
-    cluster_size : int
-        Thread blocks, on neighbouring blocks of keys, that share the copies of q and dout where the blocks go into
-        clusters.
     """
 
     head_dim: int
@@ -148,7 +145,6 @@ class BackwardRow:
     split_groups_from: int | None
     reason: str
     persistent: bool = True
-    cluster_size: int = 1
 
     entry = "backward_sm90"
     num_consumers = 2
@@ -178,10 +174,6 @@ class BackwardRow:
         costs the more the longer that takes.
         """
         return -(-queries // self.block_m) <= FIRST_STORES_BLOCKS // (1 if heads == 1 else 2 if causal else 4)
-
-    def clusters(self, key_blocks: int, *, window_left: bool) -> int:
-        """Choose how many thread blocks share q and dout. Where masks cut to the left, registers would spill."""
-        return 1 if window_left or key_blocks % self.cluster_size else self.cluster_size
 
     def splits_groups(self, group_size: int, seqlen_q: int, *, causal: bool) -> bool:
         """Whether tiles take single query heads: more and shorter ones, so that unequal ones end together."""
@@ -216,9 +208,6 @@ class KeysRow:
     block_n = WARPGROUP_ROWS
     num_warps = 8  # of the preparation
     threads = WARPGROUP_THREADS * 3
-
-    def clusters(self, key_blocks: int, *, window_left: bool) -> int:
-        return 1
 
     def splits_groups(self, group_size: int, seqlen_q: int, *, causal: bool) -> bool:
         return False

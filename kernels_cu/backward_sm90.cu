@@ -14,8 +14,6 @@
 // Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T leave the registers as left operands of dV = P^T dO and
 // dK = dS^T Q. Only dQ = dS K needs the dS of both warpgroups, through shared memory: each computes half of dQ, the columns of
 // one 64-column chunk (block_m 64) or 64 rows (block_m 128).
-//
-// The CTAs of a cluster have neighbouring key blocks: every q and dout comes from L2 once for all of them.
 #include "arch/sm90.cuh"
 #include "tile/absent.cuh"
 #include "tile/dq_start.cuh"
@@ -44,11 +42,9 @@ constexpr int kQueryBytes = tile::tile_bytes(kBlockM, Config::head_dim), kDoutBy
 constexpr int kKeyBytes = tile::tile_bytes(kBlockN, Config::head_dim), kValueBytes = tile::tile_bytes(kBlockN, Config::head_dim_v);
 using Keys = tile::Pipeline<1, kKeyBytes>;
 using Values = tile::Pipeline<1, kValueBytes>;
-constexpr int kCtas = Config::cluster_size;
-static_assert(kCtas == 1 || !Config::window_left, "there are no registers for what a second edge lets pass");
-using Queries = tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes, kCtas>;
-using Douts = tile::Pipeline<2, kDoutBytes, kDoutBytes + kStatisticBytes, kCtas>;
-using TileQueue = tile::TileQueue<kCtas>;
+using Queries = tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes>;
+using Douts = tile::Pipeline<2, kDoutBytes, kDoutBytes + kStatisticBytes>;
+using TileQueue = tile::TileQueue<>;
 constexpr int kDsBytes = Config::with_dq ? tile::tile_bytes(kBlockM, kBlockN) : 0;
 constexpr int kDqHalf = kBlockM * Config::head_dim / kConsumers;  // floats of dq of a consumer
 constexpr int kDqBytes = Config::with_dq ? kConsumers * kDqHalf * static_cast<int>(sizeof(float)) : 0;
@@ -90,7 +86,7 @@ struct Shared {
 constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBarrier = 6, kClearBarrier = 8;
 constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads = arch::kWarpgroupSize + kWarpSize;
 
-using Work = tile::KeyWork<Config, kBlockM, kBlockN, Config::split_groups, kCtas>;
+using Work = tile::KeyWork<Config, kBlockM, kBlockN, Config::split_groups>;
 
 // One thread: says which tile is next, and copies its k and v when those of the tile before have been read.
 DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared) {
@@ -98,7 +94,7 @@ DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared)
   int index = TileQueue::draw_in_order(common.tile_counter, common.num_tiles);
 #pragma unroll 1
   for (uint32 round = 0;; ++round) {
-    index = shared.queue.share(round, index);
+    shared.queue.push(round, index);
     if (index >= common.num_tiles) break;
     const tile::TileIndex at = Work::tile_of(common.shape, index);
     const int kv_head = Work::kv_head_of(common.shape, at);
@@ -107,7 +103,7 @@ DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared)
     const SharedAddress v_barrier = shared.v.begin_fill(round);
     tile::copy_tile<kBlockN, Config::head_dim_v>(shared.v.data, params.v, v_barrier, at.block * kBlockN, kv_head, at.batch);
     // Two steps before the tile's end at most: drawn at its beginning, the longest tiles would fall to the CTAs with the longest.
-    if (TileQueue::is_first_cta()) arch::barrier_wait(shared.copied, round & 1);  // in others it may have passed this phase twice
+    arch::barrier_wait(shared.copied, round & 1);
     index = TileQueue::draw_in_order(common.tile_counter, common.num_tiles);
   }
 }
@@ -127,12 +123,10 @@ DEVICE void produce_queries(const BackwardSm90Params& params, const Shared& shar
         const int row = here.block * kBlockM;
         const int64 statistic = tile::statistic_offset(common.shape, work.batch, here.head, common.padded_seqlen_q, row);
         const SharedAddress q_barrier = shared.q.begin_fill(use);
-        tile::copy_tile_to_cluster<kBlockM, Config::head_dim, kCtas>(shared.q.stage(use), params.q, q_barrier, row, here.head,
-                                                                     work.batch, use);
+        tile::copy_tile<kBlockM, Config::head_dim>(shared.q.stage(use), params.q, q_barrier, row, here.head, work.batch);
         arch::copy_bytes_to_shared(shared.row_lse(use), common.row_lse + statistic, kStatisticBytes, q_barrier);
         const SharedAddress dout_barrier = shared.dout.begin_fill(use);
-        tile::copy_tile_to_cluster<kBlockM, Config::head_dim_v, kCtas>(shared.dout.stage(use), params.dout, dout_barrier, row,
-                                                                       here.head, work.batch, use + 1);
+        tile::copy_tile<kBlockM, Config::head_dim_v>(shared.dout.stage(use), params.dout, dout_barrier, row, here.head, work.batch);
         arch::copy_bytes_to_shared(shared.row_delta(use), common.row_delta + statistic, kStatisticBytes, dout_barrier);
       }
       arch::barrier_arrive(shared.copied);
@@ -152,7 +146,6 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
     const tile::Band<Config> band(params.shape, tile::Sequence(params.shape, work.batch));
 #pragma unroll 1
     for (tile::QueryCursor here = work.first(); work.has(here); here = work.next(here)) {
-      if (!work.is_seen(band, here)) continue;
       float* accumulator = params.dq_accum + tile::statistic_offset(params.shape, work.batch, here.head, params.padded_seqlen_q,
                                                                     here.block * kBlockM) * Config::head_dim;
       const tile::DqStart<Config, Work> start(params, work, band, here);
@@ -198,8 +191,7 @@ constexpr int kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 DEVICE void clear_absent_keys(const Shared& shared, const Work& work, int used, int allocated) {
   if constexpr (Config::used_keys && Config::with_dq) {
     const tile::AbsentRows<kBlockN> absent(work.n_block * kBlockN, used, allocated);
-    const bool is_all_absent = kCtas > 1 && absent.begin < 0;  // beside keys of the cluster that are there
-    if (!absent.exist() || work.is_empty() || is_all_absent) return;
+    if (!absent.exist() || work.is_empty()) return;
     absent.template clear<Config::head_dim, kConsumerThreads>(shared.k.data);
     tile::publish(tile::AtOneBarrier<kConsumerThreads>{kClearBarrier});
   }
@@ -248,7 +240,6 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
   const int warp_in_group = arch::warp_index() % 4;
   const int group_key = consumer * tile::kWarpgroupRows, warp_key = group_key + warp_in_group * tile::kSlabRows;
   const int first_key = work.n_block * kBlockN;
-  const bool leader = arch::lane_index() == 0;
 
   float dk[Config::head_dim / 2], dv[Config::head_dim_v / 2];
   tile::clear(dk);
@@ -290,24 +281,15 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       arch::named_barrier_arrive(kDqFullBarrier + consumer, kDqThreads);
     };
 
-    const auto pass_by = [&] {
-      shared.q.wait_full(use);
-      shared.dout.wait_full(use);
-      arch::warp_barrier();  // no lane is left behind in a wait whose phase the leader lets pass
-      shared.dout.release(use, arch::lane_index());
-    };
-    if (!work.is_seen(band, here)) {
-      pass_by();
-      shared.q.release(use, arch::lane_index());
-      decide_dropped(work.next(here));
-      continue;
-    }
     const int used = tile::Sequence(shape, work.batch).seqlen_q;  // worked out anew: a register less through the loop
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, used, shape.seqlen_q,
                                                                   tile::AtOneBarrier<kConsumerThreads>{kClearBarrier});
     if constexpr (kBlind) {
       if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
-        pass_by();
+        shared.q.wait_full(use);
+        shared.dout.wait_full(use);
+        arch::warp_barrier();  // no lane is left behind in a wait whose phase the leader lets pass
+        shared.dout.release(use, arch::lane_index());
         if constexpr (Config::with_dq) {
           const uint32 no_ds[kSize / 2] = {};
           tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, no_ds);
@@ -453,7 +435,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
 
 }  // namespace
 
-CLUSTER_KERNEL(kThreads, 1, CLUSTER_SIZE) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
+KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
   const Shared shared;
   if (arch::thread_index() == 0) {
     shared.k.init(1);
@@ -468,8 +450,7 @@ CLUSTER_KERNEL(kThreads, 1, CLUSTER_SIZE) backward_sm90(GRID_CONSTANT BackwardSm
     arch::prefetch(params.v);
     arch::prefetch(params.dout);
   }
-  if (kCtas == 1) arch::block_barrier();
-  else arch::cluster_begin();
+  arch::block_barrier();
   const int warpgroup = arch::warpgroup_index();
   if (warpgroup == 0) {
     arch::lower_registers<kProducerRegisters>();
@@ -483,5 +464,4 @@ CLUSTER_KERNEL(kThreads, 1, CLUSTER_SIZE) backward_sm90(GRID_CONSTANT BackwardSm
     arch::raise_registers<kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);
   }
-  if (kCtas > 1) arch::cluster_end();
 }

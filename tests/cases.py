@@ -293,37 +293,20 @@ WIDE_CASES: list[Case] = [
 
 _PADDED = {"batch": 5, "seqlen_q": 203, "seqused_q": (150, 101, 203, 0, 9), "seqused_k": (150, 256, 0, 140, 333)}
 # Tiles that differ in what they see of what is loaded for their cluster; more of them than there are clusters.
-IN_CLUSTERS: dict[str, tuple[str, Case]] = {
-    "heads of a group": (
-        "forward", Case("heads", seqlen_q=203, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True)
+IN_CLUSTERS: dict[str, Case] = {
+    "heads of a group": Case(
+        "heads", seqlen_q=203, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True
     ),
-    "heads of a window": (
-        "forward",
-        Case("window", seqlen_q=450, seqlen_k=333, num_heads=4, num_kv_heads=1, head_dim=256, window_size=(150, 40)),
+    "heads of a window": Case(
+        "window", seqlen_q=450, seqlen_k=333, num_heads=4, num_kv_heads=1, head_dim=256, window_size=(150, 40)
     ),
-    "blocks of queries": ("forward", Case("blocks", seqlen_q=450, seqlen_k=333, head_dim=256)),
-    "blocks of three consumers": ("forward", Case("three", seqlen_q=380, seqlen_k=450, sinks=True)),
-    "shared output staging": (
-        "forward", Case("192", seqlen_q=203, seqlen_k=450, head_dim=192, dtype="float16")
-    ),
-    "padded heads": (
-        "forward", Case("used", **_PADDED, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True)
-    ),
-    "blocks of padded queries": ("forward", Case("used-blocks", **_PADDED, seqlen_k=333, head_dim=128)),
-    "packed heads of a group": (
-        "forward", Case("packed", seqlen_q=20, seqlen_k=333, num_heads=32, num_kv_heads=2, alibi="head")
-    ),
-    "blocks of keys": ("backward", Case("full", seqlen_q=333, seqlen_k=500, head_dim=128)),
-    "blocks of keys on the diagonal": (
-        "backward", Case("causal", seqlen_q=500, seqlen_k=500, num_kv_heads=1, head_dim=128, causal=True, dropout_p=0.2)
-    ),
-    "blocks of keys, dq of 64 columns": ("backward", Case("64", seqlen_q=333, seqlen_k=256, causal=True, batch=2)),
-    "blocks of padded keys": ("backward", Case("padded", **_PADDED, seqlen_k=500, head_dim=96)),
-    "blocks of keys, groups split": (
-        "backward",
-        Case("split", seqlen_q=203, seqlen_k=256, num_heads=4, num_kv_heads=2, head_dim=128, causal=True),
-    ),
-}  # fmt: skip
+    "blocks of queries": Case("blocks", seqlen_q=450, seqlen_k=333, head_dim=256),
+    "blocks of three consumers": Case("three", seqlen_q=380, seqlen_k=450, sinks=True),
+    "shared output staging": Case("192", seqlen_q=203, seqlen_k=450, head_dim=192, dtype="float16"),
+    "padded heads": Case("used", **_PADDED, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True),
+    "blocks of padded queries": Case("used-blocks", **_PADDED, seqlen_k=333, head_dim=128),
+    "packed heads of a group": Case("packed", seqlen_q=20, seqlen_k=333, num_heads=32, num_kv_heads=2, alibi="head"),
+}
 
 
 def select(max_pairs: int = SMALL, cases: list[Case] = CASES) -> list[Case]:

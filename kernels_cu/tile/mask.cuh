@@ -68,13 +68,6 @@ struct Band {
     return max(0, floor_divide(query + offset - left, kKeys));
   }
 
-  // Whether the last of so many queries lies below the band's right edge at a key: where it does not, none of them sees that key, nor
-  // a later one.
-  template <int kQueries>
-  DEVICE bool reaches(int query, int key) const {
-    return !Config::window_right || query + kQueries - 1 + offset + right >= key;
-  }
-
   // Whether a tile of scores holds a pair that is not visible (rows past seqlen_q do not count: they are discarded as rows).
   template <int kQueries, int kKeys>
   DEVICE bool cuts(int query, int key) const {

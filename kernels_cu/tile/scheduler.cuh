@@ -52,9 +52,7 @@ struct QueryCursor {
 // CTAs of one key/value head stay in step, and a query block is in L2 when the others want it; head after head they would drift apart.
 // A later key block never reaches a query block before an earlier one does, which the turns of dq rely on.
 // Where groups are split, every query head has CTAs of its own, which add to the dk and dv that the heads of a group share.
-// The CTAs of a cluster have neighbouring key blocks; each goes through the query blocks of all, and lets pass those that it does not
-// see.
-template <class Config, int kBlockM, int kBlockN, bool kSplitGroups = false, int kCtas = 1>
+template <class Config, int kBlockM, int kBlockN, bool kSplitGroups = false>
 struct KeyWork {
   static constexpr int kQueries = kBlockM, kKeys = kBlockN;  // of a block
 
@@ -66,19 +64,16 @@ struct KeyWork {
     const TileIndex at = tile_of(shape, index);
     n_block = at.block, kv_head = kv_head_of(shape, at), batch = at.batch;
     const Band<Config> band(shape, Sequence(shape, batch));
-    blocks = band.template query_blocks<kBlockM, kCtas * kBlockN>(n_block / kCtas * kCtas * kBlockN);
+    blocks = band.template query_blocks<kBlockM, kBlockN>(n_block * kBlockN);
     first_head = kSplitGroups ? at.head : kv_head * shape.group_size;
     end_head = first_head + (kSplitGroups ? 1 : shape.group_size);
   }
 
   // Under a causal mask the first keys are seen by the most rows.
   DEVICE static TileIndex tile_of(const Shape& shape, int index) {
-    const int num_blocks = ceil_divide(shape.seqlen_k, kCtas * kBlockN);
-    const int num_heads = kSplitGroups ? shape.num_heads : shape.num_kv_heads;
-    TileIndex at = Config::window_right ? longest_first(index, num_blocks, num_heads, shape.batch, shape.section_heads)
-                                        : head_after_head(index, num_blocks, num_heads);
-    if constexpr (kCtas > 1) at.block = at.block * kCtas + arch::cluster_rank<kCtas>();
-    return at;
+    const int num_blocks = ceil_divide(shape.seqlen_k, kBlockN), num_heads = kSplitGroups ? shape.num_heads : shape.num_kv_heads;
+    if constexpr (Config::window_right) return longest_first(index, num_blocks, num_heads, shape.batch, shape.section_heads);
+    return head_after_head(index, num_blocks, num_heads);
   }
 
   DEVICE static int kv_head_of(const Shape& shape, const TileIndex& at) {
@@ -92,12 +87,6 @@ struct KeyWork {
     return at.head + 1 < end_head ? QueryCursor{at.head + 1, at.block} : QueryCursor{first_head, at.block - 1};
   }
   DEVICE bool has(const QueryCursor& at) const { return at.block >= blocks.begin; }
-  // Whether this CTA has something to do there, not only another one of its cluster. No mask of a cluster cuts to the left.
-  DEVICE bool is_seen(const Band<Config>& band, const QueryCursor& at) const {
-    if constexpr (kCtas == 1) return true;
-    const int key = n_block * kBlockN;
-    return band.template reaches<kBlockM>(at.block * kBlockM, key) && (!Config::used_keys || key < band.seqlen_k);
-  }
 };
 
 }  // namespace tile

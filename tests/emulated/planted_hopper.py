@@ -227,12 +227,7 @@ PADDED_BLIND = replace(PADDED_QUERIES, id="padded-blind", causal="top_left", seq
 PADDED_KEYS_ALONE = replace(PADDED_KEYS, id="padded-keys-alone", head_dim=192)
 PADDED_QUERIES_ALONE = replace(PADDED_QUERIES, id="padded-queries-alone", head_dim=192)
 
-# Blocks of keys in clusters; the last one's keys are absent in a sequence that has keys in the one before.
-WITHOUT_KEYS = Case("no-keys-in-clusters", batch=5, seqlen_q=203, seqlen_k=500, seqused_k=(150, 256, 0, 140, 0))
-PADDED_NEIGHBOURS = Case("keys-in-clusters", batch=2, seqlen_q=203, seqlen_k=500, head_dim=128, seqused_k=(333, 500))
-
 backward_bug = partial(Bug, entry="backward_sm90", arch="sm_90a", case=HALVES)
-neighbours = partial(Bug, entry="backward_sm90", case=replace(HALVES, id="diagonal-in-clusters"), **CLUSTER)
 
 BACKWARD_BUGS = [
     backward_bug("missing proxy fence before dS is read", error=TwinError, message=PROXY,
@@ -252,8 +247,8 @@ BACKWARD_BUGS = [
     backward_bug("dS overwritten in flight", error=TwinError, message=UNDER_WAY,
         before="arch::product_wait<0>();\n    arch::pin(dk);", after="arch::pin(dk);"),
     backward_bug("statistics not announced", error=TwinError, message=f"{ARRIVING}|{DEADLOCK}",
-        before="tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes,",
-        after="tile::Pipeline<2, kQueryBytes, kQueryBytes,"),
+        before="tile::Pipeline<2, kQueryBytes, kQueryBytes + kStatisticBytes>",
+        after="tile::Pipeline<2, kQueryBytes>"),
     backward_bug("missing proxy fence before dq leaves", error=TwinError, message=PROXY,
         before="arch::fence_async_proxy();\n      arch::named_barrier_arrive(kDqFullBarrier",
         after="arch::named_barrier_arrive(kDqFullBarrier"),
@@ -304,7 +299,7 @@ BACKWARD_BUGS = [
         before="select<KeyRows>(part_gradients, 0.f, query + part * kPartQueries, key);",
         after="select<KeyRows>(part_gradients, 0.f, query, key);"),
     backward_bug("absent keys not cleared", error=WrongAnswer, case=PADDED_KEYS,
-        before="if (!absent.exist() || work.is_empty() || is_all_absent) return;", after="return;"),
+        before="if (!absent.exist() || work.is_empty()) return;", after="return;"),
     backward_bug("absent keys cleared before they arrive", error=TwinError, message=f"{ARRIVING}|{RACE}",
         case=PADDED_KEYS,
         before="shared.k.wait_full(round);", after=""),
@@ -340,20 +335,6 @@ BACKWARD_BUGS = [
         after="add_gradient(common, dv, done, warp_key, 0);"),
     backward_bug("sums of a group not cleared", error=WrongAnswer, **SPLIT, entry="backward_prepare",
         before="tile::GroupSums<Config>::clear", after="if (thread < 0) tile::GroupSums<Config>::clear"),
-    neighbours("queries that are not seen kept", error=TwinError, message=DEADLOCK,
-        before="      shared.q.release(use, arch::lane_index());\n      decide_dropped", after="      decide_dropped"),
-    neighbours("queries that are not seen come from the store warp", error=TwinError, message=DEADLOCK,
-        before="      if (!work.is_seen(band, here)) continue;\n", after=""),
-    neighbours("keys of neighbours one behind the other", error=(TwinError, WrongAnswer),
-        before="at.block * kCtas + arch::cluster_rank<kCtas>()", after="at.block * kCtas"),
-    neighbours("every block waits for its queries", error=TwinError, message=DEADLOCK, case=WITHOUT_KEYS,
-        before="if (TileQueue::is_first_cta()) arch::barrier_wait(shared.copied",
-        after="arch::barrier_wait(shared.copied"),
-    neighbours("absent keys beside a neighbour's multiplied", error=(TwinError, WrongAnswer), case=PADDED_NEIGHBOURS,
-        before=" && (!Config::used_keys || key < band.seqlen_k)", after=""),
-    neighbours("absent keys beside a neighbour's cleared", error=TwinError, message="shared access of",
-        case=PADDED_NEIGHBOURS,
-        before="kCtas > 1 && absent.begin < 0", after="false"),
 ]  # fmt: skip
 
 # dq alone: two warpgroups of queries, as many blocks of keys as it takes to come back to a buffer.

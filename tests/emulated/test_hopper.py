@@ -251,14 +251,13 @@ def test_heads_of_a_group_add_to_sums(case: Case) -> None:
 
 @pytest.mark.parametrize("name", IN_CLUSTERS)
 def test_clusters_share_what_is_copied(name: str) -> None:
-    pass_, case = IN_CLUSTERS[name]
-    tile = (("cluster_size", 2),) + ((("split_groups_from", 1),) if name.endswith("split") else ())
+    case = IN_CLUSTERS[name]
     problem = problem_of(case.problem(), case.arrays())
     for seed in SEEDS:
         schedule = Schedule(seed, resident_blocks=2 + 2 * seed)
-        emulation = Emulation("sm_90a", sm_count=2 + 2 * (seed % 3), tile=tile, schedule=schedule)
-        assert getattr(emulation, f"plan_{pass_}")(problem).cluster_size == 2
-        report = check(run(pass_, case, emulation), problem, case.arrays())
+        emulation = Emulation("sm_90a", sm_count=2 + 2 * (seed % 3), tile=(("cluster_size", 2),), schedule=schedule)
+        assert emulation.plan_forward(problem).cluster_size == 2
+        report = check(run("forward", case, emulation), problem, case.arrays())
         assert report.ok, f"\n{report}"
 
 

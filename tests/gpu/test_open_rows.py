@@ -5,7 +5,7 @@ from __future__ import annotations
 import cupy
 import pytest
 from cases import IN_CLUSTERS, Case, poison_unused
-from gpu.calls import both_passes, device_copies, forward, random_operands
+from gpu.calls import device_copies, forward, random_operands
 from gpu.device_memory import guarded, same_bits
 
 from benchmarks.variants import Change
@@ -15,7 +15,7 @@ from cuflash.testing import check
 pytestmark = pytest.mark.gpu
 
 REPEATS = 50
-CLUSTERS = {"cluster_size": 2}
+CLUSTERS = Change(rows={"forward_row": {"cluster_size": 2}})
 
 
 @pytest.fixture(autouse=True)
@@ -24,20 +24,14 @@ def on_hopper():
         pytest.skip("clusters are Hopper's")
 
 
-def change(pass_: str, **fields: int) -> Change:
-    return Change(rows={f"{pass_}_row": CLUSTERS | fields})
-
-
 @pytest.mark.parametrize("name", IN_CLUSTERS)
 def test_clusters_match_the_oracle(name: str):
-    pass_, case = IN_CLUSTERS[name]
-    split = {"split_groups_from": 1} if name.endswith("split") else {}
+    case = IN_CLUSTERS[name]
     arrays = case.arrays()
     poison_unused(arrays)
     operands = {name: copy.array for name, copy in device_copies(arrays).items()}
-    run = forward if pass_ == "forward" else both_passes
-    with change(pass_, **split).applied({}, {}, {}), guarded():
-        results = run(operands, **case.keywords)
+    with CLUSTERS.applied({}, {}, {}), guarded():
+        results = forward(operands, **case.keywords)
     report = check({name: cupy.asnumpy(array) for name, array in results.items()}, case.problem(), arrays)
     assert report.ok, f"\n{report}"
 
@@ -45,18 +39,15 @@ def test_clusters_match_the_oracle(name: str):
 LONG = Case("long", batch=2, seqlen_q=2048, seqlen_k=2048, num_heads=16, num_kv_heads=8, head_dim=128, causal=True)
 
 
-@pytest.mark.parametrize("pass_", ["forward", "backward"])
-def test_clusters_repeat(pass_: str):
+def test_clusters_repeat():
     """Many clusters, drawn in any order: a tile that came late or to the wrong place would move bits."""
     operands = random_operands(LONG)
-    names = ("out", "lse") if pass_ == "forward" else ("dk", "dv")
-    run = forward if pass_ == "forward" else both_passes
-    expected = both_passes(operands, **LONG.keywords)
-    same = {name: cupy.ones((), bool) for name in names}
-    with change(pass_).applied({}, {}, {}):
+    expected = forward(operands, **LONG.keywords)
+    same = {name: cupy.ones((), bool) for name in ("out", "lse")}
+    with CLUSTERS.applied({}, {}, {}):
         for _ in range(REPEATS):
-            results = run(operands, **LONG.keywords)
-            for name in names:
+            results = forward(operands, **LONG.keywords)
+            for name in same:
                 same[name] &= same_bits(results[name], expected[name])
     assert all(bool(flag) for flag in same.values()), same
 
