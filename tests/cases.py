@@ -294,18 +294,12 @@ WIDE_CASES: list[Case] = [
 _PADDED = {"batch": 5, "seqlen_q": 203, "seqused_q": (150, 101, 203, 0, 9), "seqused_k": (150, 256, 0, 140, 333)}
 # Tiles that differ in what they see of what is loaded for their cluster; more of them than there are clusters.
 IN_CLUSTERS: dict[str, Case] = {
-    "heads of a group": Case(
-        "heads", seqlen_q=203, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True
-    ),
-    "heads of a window": Case(
-        "window", seqlen_q=450, seqlen_k=333, num_heads=4, num_kv_heads=1, head_dim=256, window_size=(150, 40)
-    ),
-    "blocks of queries": Case("blocks", seqlen_q=450, seqlen_k=333, head_dim=256),
-    "blocks of three consumers": Case("three", seqlen_q=380, seqlen_k=450, sinks=True),
+    "consumers in turn": Case("turns", seqlen_q=1280, seqlen_k=170, num_heads=1, num_kv_heads=1, head_dim=256),
+    "three consumers": Case("three", seqlen_q=380, seqlen_k=450, sinks=True),
+    "heads of a group": Case("heads", seqlen_q=203, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128),
     "shared output staging": Case("192", seqlen_q=203, seqlen_k=450, head_dim=192, dtype="float16"),
-    "padded heads": Case("used", **_PADDED, seqlen_k=333, num_heads=4, num_kv_heads=2, head_dim=128, causal=True),
-    "blocks of padded queries": Case("used-blocks", **_PADDED, seqlen_k=333, head_dim=128),
-    "packed heads of a group": Case("packed", seqlen_q=20, seqlen_k=333, num_heads=32, num_kv_heads=2, alibi="head"),
+    "padded queries and keys": Case("padded", **_PADDED, seqlen_k=333, head_dim=128),
+    "dropout": Case("dropout", seqlen_q=203, seqlen_k=333, head_dim=128, dropout_p=0.2, alibi="head"),
 }
 
 

@@ -21,8 +21,9 @@ from cuflash.tiles_sm90 import FORWARD, ForwardRow
 
 # Exponentials of the main loop before the wait, of full and of causal kernels (None where the row serves no such ones),
 # by head_dim, head_dim_v, longest, causal, extras and tile of the row. Each row's speed was measured with these orders:
-# a toolkit, or a change of the kernel, that moves the wait makes the measurements worthless and fails the check. Measure
-# again, then record the new order here. Another NVRTC may choose otherwise only where the row leaves the place to it.
+# a toolkit, or a change of the kernel, that moves the wait makes the measurements worthless and fails the check.
+# Measure again, then record the new order here. Another NVRTC may choose otherwise only where the row leaves the place
+# to it.
 RECORDED_WITH = (13, 0)  # NVRTC
 EXPONENTIALS_BEFORE_WAIT = {
     (64, 64, None, None, 1, "192x128"): (10, 3),
