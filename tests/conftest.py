@@ -8,6 +8,8 @@ import pytest
 
 # Before NumPy is imported: threads of one small matrix product, on cores that other test workers use, mostly wait.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before JAX is: it would take three quarters of a GPU that test workers share.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def _why_no_device() -> str | None:
