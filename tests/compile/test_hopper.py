@@ -153,7 +153,11 @@ def recorded(kernel: matrix.Kernel) -> int:
     return orders["causal" in kernel.features]
 
 
-@pytest.mark.parametrize("kernel", cases(MEASURED))
+OF_COMMON = [kernel for kernel in MEASURED if kernel.plan.tile == COMMON]
+OF_OTHERS = [kernel for kernel in MEASURED if kernel.plan.tile != COMMON]
+
+
+@pytest.mark.parametrize("kernel", cases(OF_COMMON) + cases(OF_OTHERS, pytest.mark.slow))
 def test_waits_where_it_was_measured(kernel, tmp_path):
     row, report = kernel.plan.tile, compiled(kernel)
     check_registers(report, kernel)

@@ -109,6 +109,10 @@ def check_order(sass: str, kernel: matrix.Kernel) -> None:
     assert found == expected or ("alibi" in features and row.block_m == 128)
 
 
+# Registers hardly depend on which 16 bits an element has: the full matrix has both.
+MARKS = {("bfloat16", True): [], ("bfloat16", False): pytest.mark.slow, ("float16", True): pytest.mark.slow}
+
+
 def cases(features: list[tuple[str, ...]], quick: tuple[tuple[str, ...], ...]) -> list:
     return [
         pytest.param(
@@ -116,7 +120,7 @@ def cases(features: list[tuple[str, ...]], quick: tuple[tuple[str, ...], ...]) -
             names,
             dtype,
             id=f"head_dim{row.head_dim}-{'+'.join(names) or 'plain'}-{dtype}",
-            marks=[] if names in quick and dtype == "bfloat16" else pytest.mark.slow,
+            marks=MARKS.get((dtype, names in quick), pytest.mark.full),
         )
         for row, names, dtype in itertools.product(FUSED, features, ("bfloat16", "float16"))
     ]
@@ -214,7 +218,11 @@ def test_dq_is_added_in_bulk(plain):
 
 
 HELPERS = [
-    pytest.param(row, entry, features, dtype, id=f"{entry}-{row.head_dim}-{'+'.join(features) or 'plain'}-{dtype}")
+    pytest.param(
+        *(row, entry, features, dtype),
+        id=f"{entry}-{row.head_dim}-{'+'.join(features) or 'plain'}-{dtype}",
+        marks=[] if dtype == "bfloat16" else pytest.mark.slow,
+    )
     for row in FUSED
     for entry in ("backward_prepare", "backward_finish")
     for features in (matrix.PLAIN, ("window_left",))

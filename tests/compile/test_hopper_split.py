@@ -24,8 +24,9 @@ FEATURES = [
 ] + [("negative_scale",), ("key_padding",), ("window_left", "causal", *EXTRAS, "key_padding")]
 QUICK = (matrix.PLAIN, ("causal",), EXTRAS, ("window_left", "causal", *EXTRAS))
 # Sizes of the tile rows, of their halves, and of the multiples of 32 between them.
-QUICK_SIZES = [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)]
-SIZES = [*QUICK_SIZES, (96, 32), (160, 160), (224, 224), (256, 64), (64, 256)]
+SMALLEST_AND_LARGEST = [(64, 64), (256, 256)]
+TILE_SIZES = [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)]
+SIZES = [*TILE_SIZES, (96, 32), (160, 160), (224, 224), (256, 64), (64, 256)]
 
 LAYOUT = {
     "backward_queries_sm90": """
@@ -49,9 +50,11 @@ def kernel_of(entry: str, sizes: tuple[int, int], features: tuple[str, ...], dty
 
 
 def marks(sizes: tuple[int, int], names: tuple[str, ...], dtype: str) -> list[pytest.MarkDecorator]:
-    if sizes not in QUICK_SIZES or dtype != "bfloat16":
+    if sizes not in TILE_SIZES or dtype != "bfloat16":
         return [pytest.mark.full]
-    return [] if names in QUICK else [pytest.mark.slow]
+    if sizes in SMALLEST_AND_LARGEST:
+        return [] if names in QUICK else [pytest.mark.slow]
+    return [pytest.mark.slow if names in QUICK else pytest.mark.full]
 
 
 def cases() -> list:
@@ -84,7 +87,7 @@ def sass_of(entry: str, sizes: tuple[int, int], folder) -> str:
     return disassemble(nvrtc.compile_spec(kernel.step.spec).cubin, folder)
 
 
-@pytest.mark.parametrize("sizes", QUICK_SIZES, ids=str)
+@pytest.mark.parametrize("sizes", TILE_SIZES, ids=str)
 def test_products_of_dq(sizes, tmp_path):
     """Scores and dP are as wide as a block of keys, dq as head_dim; only their results leave the registers."""
     head_dim, head_dim_v = sizes
@@ -112,6 +115,6 @@ def test_nothing_is_added_in_memory(entry, tmp_path):
 def test_every_row_of_dq_is_compiled():
     rows = {
         kernel_of("backward_queries_sm90", sizes, names, "bfloat16").plan.dq_tile
-        for sizes, names in itertools.product(QUICK_SIZES, QUICK)
+        for sizes, names in itertools.product(TILE_SIZES, QUICK)
     }
     assert rows == set(QUERIES)

