@@ -292,7 +292,7 @@ WIDE_CASES: list[Case] = [
 
 
 _PADDED = {"batch": 5, "seqlen_q": 203, "seqused_q": (150, 101, 203, 0, 9), "seqused_k": (150, 256, 0, 140, 333)}
-# Tiles that differ in what they see of what is loaded for their cluster; more of them than there are clusters.
+# Query blocks that share what is copied for their cluster, some without queries of their own; more than run at once.
 IN_CLUSTERS: dict[str, Case] = {
     "consumers in turn": Case("turns", seqlen_q=1280, seqlen_k=170, num_heads=1, num_kv_heads=1, head_dim=256),
     "three consumers": Case("three", seqlen_q=380, seqlen_k=450, sinks=True),

@@ -23,9 +23,9 @@ FEATURES = [
     for extras in itertools.combinations(EXTRAS, count)
 ] + [("negative_scale",), ("key_padding",), ("window_left", "causal", *EXTRAS, "key_padding")]
 QUICK = (matrix.PLAIN, ("causal",), EXTRAS, ("window_left", "causal", *EXTRAS))
-# Sizes of the tile rows, of their halves, and of the multiples of 32 between them.
 SMALLEST_AND_LARGEST = [(64, 64), (256, 256)]
 TILE_SIZES = [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)]
+# Those, their halves, and the multiples of 32 between them.
 SIZES = [*TILE_SIZES, (96, 32), (160, 160), (224, 224), (256, 64), (64, 256)]
 
 LAYOUT = {

@@ -118,6 +118,18 @@ def test_blocks_have_barriers_of_their_own(run: Callable[..., np.ndarray], size:
     np.testing.assert_array_equal(out, 200 * block + thread + (thread + WARP) % (2 * WARP))
 
 
+DESCRIPTOR = r"(constexpr uint32 kDescriptorAddressBits = .*?;|: low\(.*?\{\})"
+
+
+def test_descriptors_are_written_as_on_the_device() -> None:
+    """What the twin makes of a descriptor says something about a GPU only if its bits are the same."""
+    device, host = (
+        re.findall(DESCRIPTOR, (folder / "arch" / "sm90.cuh").read_text())
+        for folder in (source.kernels_folder(), twin.TWIN_FOLDER)
+    )
+    assert device == host and len(device) == 3
+
+
 def test_clusters_are_whole(run: Callable[..., np.ndarray]) -> None:
     out = np.zeros((3, 2 * WARP), np.int32)
     with pytest.raises(TwinError, match="the grid is no multiple of the cluster's size"):

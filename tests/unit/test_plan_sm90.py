@@ -249,6 +249,34 @@ def test_features_that_need_registers_choose_a_row_that_has_them(keywords, block
     assert (tile.num_consumers, tile.block_n) == (3, block_n)
 
 
+@pytest.mark.parametrize(
+    ("seqlen_q", "head_dim", "keywords", "size"),
+    [
+        (4096, 128, {}, 2),
+        (4096, 128, {"dropout_p": 0.1}, 2),
+        (2048, 128, {}, 1),
+        (4096 - 128, 128, {}, 1),
+        (4096, 128, {"causal": True}, 1),
+        (4096, 128, {"window_size": (9, None)}, 1),
+        (4096, 128, {"window_size": (None, 9)}, 1),
+        (4096, 256, {}, 2),
+        (4096, 256, {"causal": True}, 1),
+        (1024, 256, {}, 1),
+        (4096, 64, {}, 1),
+    ],
+)
+def test_query_blocks_share_keys_where_that_pays_and_no_mask_cuts(seqlen_q, head_dim, keywords, size):
+    plan = plan_forward(sized(seqlen_q, 4096, head_dim, head_dim, **keywords), HOPPER)
+    assert (plan.cluster_size, config_of(plan)["cluster_size"]) == (size, size)
+    assert ("clusters of 2 thread blocks" in plan.explain({"forward_sm90": 168})) == (size == 2)
+
+
+@pytest.mark.parametrize(("sm_count", "grid"), [(131, 130), (132, 132), (1000, 512)])
+def test_clusters_are_launched_whole(sm_count, grid):
+    plan = plan_forward(sized(4096, 4096, 128, 128), replace(HOPPER, sm_count=sm_count))
+    assert (plan.cluster_size, plan.steps[0].grid) == (2, grid)
+
+
 @pytest.mark.parametrize("row", FORWARD, ids=row_id)
 def test_explain_shows_the_row_and_its_reason(row):
     sizes = (row.longest or 4096, 4096, row.head_dim, row.head_dim_v)
