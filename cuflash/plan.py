@@ -166,7 +166,7 @@ _SIZES = ("Element", "head_dim", "head_dim_v", "block_m", "block_n", "num_warps"
 _WIDTHS = ("load_bytes", "store_bytes")
 _SCORES = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout")
 _USED = ("used_queries", "used_keys")
-_DQ_TILE = ("Element", "head_dim", "block_m", "num_warps", "warpgroups")
+_DQ_TILE = ("Element", "head_dim", "block_m", "num_warps")
 _SCHEDULE = (
     *("num_consumers", "query_stages", "out_chunks", "ping_pong", "lazy_rescale", "eighths_before_wait"),
     "early_draws",
@@ -182,16 +182,16 @@ CONFIG_FIELDS = {
     ),
     "backward_prepare": (
         *(*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic"),
-        *("with_dq", "first_stores", "split_groups"),
+        *("with_dq", "converts_dq", "first_stores", "split_groups"),
     ),
-    "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "warpgroups", "deterministic"),
+    "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "deterministic"),
     "backward_sm90": (
         *("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, *_USED),
         *("with_dq", "first_stores", "split_groups"),
     ),
     "backward_keys_sm90": ("Element", "head_dim", "head_dim_v", "block_m", *_SCORES, "used_queries"),
     "backward_queries_sm90": ("Element", "head_dim", "head_dim_v", "block_n", *_DQ_SCHEDULE, *_SCORES, *_USED),
-    "backward_finish": (*_DQ_TILE, "store_bytes", "first_stores"),
+    "backward_finish": (*_DQ_TILE, "store_bytes"),
     "backward_finish_groups": ("Element", "head_dim", "head_dim_v", "block_n", "num_warps", "dropout"),
     "backward_sinks": (),
 }

@@ -21,10 +21,9 @@ from cuflash.plan import (
     padded_rows,
     scale_first,
     score_config,
-    store_bytes,
 )
 from cuflash.problem import WIDEST_LOAD, ArraySpec, Problem
-from cuflash.tiles import rounded_head_dim, tile_bytes
+from cuflash.tiles import rounded_head_dim
 from cuflash.tiles_sm90 import (
     WARPGROUP_ROWS,
     BackwardRow,
@@ -145,8 +144,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "block_n": ("int", tile.block_n),
         "num_warps": ("int", tile.num_warps),
         "load_bytes": ("int", load_bytes(problem, "backward")),
-        "store_bytes": ("int", store_bytes(problem, "backward")),
-        "warpgroups": ("bool", True),
+        "converts_dq": ("bool", dq_tile is None),
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
         "first_stores": ("bool", first_stores),
@@ -158,10 +156,6 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     if dq_tile is not None:
         steps.append(_queries_step(problem, device, config, dq_tile))
     steps.append(_keys_step(problem, device, config, tile, problem.num_heads // heads))
-    if dq_tile is None:
-        dq_bytes = tile_bytes(tile.block_m, tile.columns(head_dim))
-        spec = kernel_spec("backward_finish", config, device.portable_arch)
-        steps.append(Step(spec, steps[0].grid, 32 * tile.num_warps, dq_bytes, 1))
     if split_groups:
         spec = kernel_spec("backward_finish_groups", config, device.portable_arch)
         grid = num_blocks(layout.seqlen_k, tile.block_n) * problem.num_kv_heads * layout.batch
@@ -173,6 +167,7 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
     workspace = {"row_lse": (rows, "float32"), "row_delta": (rows, "float32")}
     if dq_tile is None:
         workspace["dq_accum"] = ((*rows, tile.columns(head_dim)), "float32")
+        workspace["dq_done"] = ((1 + layout.batch * problem.num_heads,), "int32")
     if first_stores:
         workspace["dq_turn"] = ((*rows[:2], rows[2] // tile.block_m), "int32")
     if split_groups:

@@ -65,7 +65,7 @@ def plan_backward(problem: Problem, device: DeviceInfo) -> Plan:
     >>> problem = Problem.build({name: View.of(shape, "bfloat16") for name in "qkv"})
     >>> plan = plan_backward(problem, DeviceInfo.named("sm_90a"))
     >>> [step.spec.entry for step in plan.steps]
-    ['backward_prepare', 'backward_sm90', 'backward_finish']
+    ['backward_prepare', 'backward_sm90']
     """
     obstacle = hopper_backward_obstacle(problem, device)
     if problem.kernels == "sm90" and obstacle:
@@ -140,7 +140,7 @@ def _config(problem: Problem, tile: TileRow) -> Config:
         "load_bytes": ("int", load_bytes(problem, tile.pass_)),
         "store_bytes": ("int", store_bytes(problem, tile.pass_)),
         "split_d": ("int", tile.split_d),
-        "warpgroups": ("bool", False),
+        "converts_dq": ("bool", False),
         "first_stores": ("bool", False),
         "split_groups": ("bool", False),
         "deterministic": ("bool", problem.deterministic),

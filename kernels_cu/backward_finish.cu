@@ -1,4 +1,4 @@
-// After the backward: the float32 accumulator of dq, scaled, to the element type. One CTA takes block_m rows of one head.
+// After the portable backward: the float32 accumulator of dq, scaled, to the element type. One CTA takes block_m rows of one head.
 #include "arch/common.cuh"
 #include "tile/copy.cuh"
 #include "tile/epilogue.cuh"
@@ -22,13 +22,12 @@ KERNEL(kThreads, 1) backward_finish(GRID_CONSTANT BackwardParams params) {
   const SharedAddress dq_tile = arch::shared_base();
   const float* accumulator = Share::accumulator(params, batch, head, m_block);
   const float factor[2] = {params.score.scale, params.score.scale};
-  bool begun = true;  // no key block has stored anything for queries that see no key
-  if constexpr (Config::first_stores) begun = *tile::turn_of<Config>(params, batch, head, m_block) != 0;
-  const bool keep[2] = {begun, begun};
+  const bool keep[2] = {true, true};
 #pragma unroll
   for (int s = 0; s < Share::kSlabs; ++s) {
     float slab[Share::kColumns / 2];
-    Share::load(slab, accumulator, s);
+#pragma unroll
+    for (int i = 0; i < Share::kColumns / 2; ++i) slab[i] = accumulator[Share::offset(s, i)];
     tile::stage_slab<Element, kBlockM>(dq_tile, Share::row() + tile::kSlabRows * s, Share::column(), slab, factor, keep);
   }
   arch::block_barrier();

@@ -16,6 +16,7 @@
 // one 64-column chunk (block_m 64) or 64 rows (block_m 128).
 #include "arch/sm90.cuh"
 #include "tile/absent.cuh"
+#include "tile/dq_end.cuh"
 #include "tile/dq_start.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gradient.cuh"
@@ -87,6 +88,7 @@ constexpr int kDsBarrier = 1, kDqEmptyBarrier = 2, kDqFullBarrier = 4, kStoreBar
 constexpr int kConsumerThreads = kConsumers * arch::kWarpgroupSize, kDqThreads = arch::kWarpgroupSize + kWarpSize;
 
 using Work = tile::KeyWork<Config, kBlockM, kBlockN, Config::split_groups>;
+using DqEnd = tile::DqEnd<Config, Work>;
 
 // One thread: says which tile is next, and copies its k and v when those of the tile before have been read.
 DEVICE void produce_keys(const BackwardSm90Params& params, const Shared& shared) {
@@ -170,6 +172,8 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
       arch::named_barrier_arrive(kDqEmptyBarrier + 1, kDqThreads);
       if (leader) start.announce();
     }
+    if (leader) DqEnd::tile_is_done(params, index);
+    arch::warp_barrier();  // the other lanes wait here, and not in the next pop, where they would poll against the leader
   }
 }
 
@@ -179,12 +183,16 @@ constexpr int kSize = kBlockM / 2;  // scores of a thread
 constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
 // What softcap, dropout and ALiBi compute, and lengths to compare with, leave fewer registers: per-query values are then loaded late,
 // and scores become operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
-constexpr bool kAhead = !Config::dropout && !((Config::softcap || Config::alibi) && kBlockM == 128) &&
+constexpr bool kAhead = !((Config::dropout || Config::softcap || Config::alibi) && kBlockM == 128) &&
+                        !(Config::dropout && (Config::softcap || Config::alibi)) &&
                         !(Config::softcap && (kBlind || Config::used_queries || Config::used_keys)) &&
                         !(Config::alibi && (!Config::with_dq || Config::split_groups));
 // How many is what the compiler has registers for.
 constexpr int kPartsOfCapped = Config::dropout ? (Config::alibi ? kSize / 16 : 8) : kBlockM == 64 ? 8 : 4;
-constexpr int kParts = Config::softcap && !kAhead ? kPartsOfCapped : Config::dropout ? 2 : 1;
+constexpr int kParts = Config::softcap && !kAhead ? kPartsOfCapped : Config::dropout && !kAhead ? 2 : 1;
+// Draws for the next block stand behind the hand-over of dq, where the store warp waits for it, and not among the products of dk. A
+// block of 128 queries has twice the draws for the same products: there they may stand anywhere.
+constexpr bool kDrawsLast = Config::dropout && kBlockM == 64;
 constexpr int kPart = kSize / kParts, kPartQueries = kBlockM / kParts;
 
 // Zeroes keys that are absent: their dS is 0, which dQ = dS K multiplies with them. Their values meet nothing but masked scores.
@@ -388,7 +396,8 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
       start_dq(dq);
       end_dv();
       start_dk();
-      arch::product_wait<1>();
+      if constexpr (kDrawsLast) arch::product_wait_here<1>(shape.num_heads);
+      else arch::product_wait<1>();
       arch::pin(dq);
       hand_over_dq(dq);
     } else {
@@ -430,6 +439,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     if (index >= params.common.num_tiles) break;
     use = consume_tile(params, shared, consumer, index, round, use);
   }
+  if constexpr (Config::with_dq) DqEnd::convert<8>(params.common);
   if (arch::thread_index() % arch::kWarpgroupSize == 0) arch::copy_to_global_wait_read();
 }
 
@@ -459,6 +469,7 @@ KERNEL(kThreads, 1) backward_sm90(GRID_CONSTANT BackwardSm90Params params) {
     if (warp == 2 && arch::lane_index() == 0) produce_keys(params, shared);
     if constexpr (Config::with_dq) {
       if (warp == 1) store_dq(params.common, shared);
+      if (warp == 3) DqEnd::convert<2>(params.common);
     }
   } else {
     arch::raise_registers<kConsumerRegisters>();

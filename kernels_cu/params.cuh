@@ -79,6 +79,7 @@ struct BackwardParams {
   float* dsinks;      // (num_heads,), or null
   int* dq_turn;       // (batch, num_heads, num_m_blocks): whose turn it is to add to a dq tile, where Config::deterministic; where
                       // Config::first_stores, 1 once its first key block has stored its part
+  int* dq_done;       // on Hopper: query blocks whose conversion has been taken, then (batch, heads of tiles) finished tiles
   int* tile_counter;  // zero before and after every launch: see tile/pipeline.cuh; persistent kernels only
   int padded_seqlen_q;
   int padded_seqlen_k;

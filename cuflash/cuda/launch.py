@@ -65,7 +65,7 @@ BACKWARD_PARAMS = np.dtype(
     [
         *((name, ROWS) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, POINTER) for name in ("lse", "dlse", "row_lse", "row_delta", "dq_accum", "dkv_accum")),
-        *((name, POINTER) for name in ("dsinks", "dq_turn")),
+        *((name, POINTER) for name in ("dsinks", "dq_turn", "dq_done")),
         ("tile_counter", POINTER),
         ("padded_seqlen_q", np.int32),
         ("padded_seqlen_k", np.int32),

@@ -210,6 +210,9 @@ DEVICE void load_global(uint32 (&words)[kBytes == 2 ? 1 : kBytes / 4], const voi
 DEVICE void store_global(void* global, const uint32 (&words)[4]) {
   *static_cast<uint4*>(global) = {words[0], words[1], words[2], words[3]};
 }
+DEVICE void store_global(void* global, uint32 low, uint32 high) { *static_cast<uint2*>(global) = {low, high}; }
+// Brings a line of global memory near, for a thread that has no registers to wait for it in.
+DEVICE void prefetch_line(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global) : "memory"); }
 DEVICE void reduce_add(float* address, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }

@@ -43,12 +43,11 @@ struct RowValues {
 template <class Config>
 struct DqShare {
   static constexpr int kSlabBlocks = Config::block_m / kSlabRows;
-  // Warpgroups split a tile of 64 rows by columns, one of 128 by rows. On mma.sync nearly square parts read the fewest operands:
-  // four warps side by side where head_dim divides and registers allow, else two; more where slabs are fewer than warps.
+  // Nearly square parts read the fewest operands: four warps side by side where head_dim divides and registers allow, else two; more
+  // where slabs are fewer than warps.
   static constexpr int kPreferred = Config::num_warps == 8 && (Config::head_dim == 64 || Config::head_dim == 128) ? 4 : 2;
   static constexpr int kLeast = Config::num_warps / kSlabBlocks;
-  static constexpr int kWarpsN =
-      Config::warpgroups ? Config::num_warps / kSlabBlocks : kPreferred > kLeast ? kPreferred : kLeast;
+  static constexpr int kWarpsN = kPreferred > kLeast ? kPreferred : kLeast;
   static constexpr int kWarpsM = Config::num_warps / kWarpsN;
   static constexpr int kSlabs = kSlabBlocks / kWarpsM;
   static constexpr int kColumns = Config::head_dim / kWarpsN;
@@ -64,28 +63,8 @@ struct DqShare {
     const int64 row = statistic_offset(params.shape, batch, head, params.padded_seqlen_q, m_block * Config::block_m);
     return params.dq_accum + row * Config::head_dim;
   }
-  // Element i of slab s. Threads side by side; on Hopper four elements of a thread together, and warpgroup after warpgroup.
-  static DEVICE int offset(int s, int i) {
-    const int thread = arch::thread_index();
-    if constexpr (Config::warpgroups) {
-      constexpr int kGroup = 128;
-      return thread / kGroup * (kGroup * kColumns / 2) + (i / 4 * kGroup + thread % kGroup) * 4 + i % 4;
-    }
-    return (s * (kColumns / 2) + i) * kThreads + thread;
-  }
-
-  static DEVICE void load(float (&slab)[kColumns / 2], const float* accumulator, int s) {
-    if constexpr (Config::warpgroups) {
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(accumulator + offset(s, i));
-        slab[i] = four.x, slab[i + 1] = four.y, slab[i + 2] = four.z, slab[i + 3] = four.w;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; ++i) slab[i] = accumulator[offset(s, i)];
-    }
-  }
+  // Element i of slab s: threads side by side.
+  static DEVICE int offset(int s, int i) { return (s * (kColumns / 2) + i) * kThreads + arch::thread_index(); }
 
   static DEVICE void clear(const BackwardParams& params, int batch, int head, int m_block) {
     float4* floats = reinterpret_cast<float4*>(accumulator(params, batch, head, m_block)) + arch::thread_index();

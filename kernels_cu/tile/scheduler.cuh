@@ -65,16 +65,20 @@ struct KeyWork {
     n_block = at.block, kv_head = kv_head_of(shape, at), batch = at.batch;
     const Band<Config> band(shape, Sequence(shape, batch));
     blocks = band.template query_blocks<kBlockM, kBlockN>(n_block * kBlockN);
-    first_head = kSplitGroups ? at.head : kv_head * shape.group_size;
-    end_head = first_head + (kSplitGroups ? 1 : shape.group_size);
+    first_head = at.head * heads_of_tile(shape);
+    end_head = first_head + heads_of_tile(shape);
   }
 
   // Under a causal mask the first keys are seen by the most rows.
   DEVICE static TileIndex tile_of(const Shape& shape, int index) {
-    const int num_blocks = ceil_divide(shape.seqlen_k, kBlockN), num_heads = kSplitGroups ? shape.num_heads : shape.num_kv_heads;
-    if constexpr (Config::window_right) return longest_first(index, num_blocks, num_heads, shape.batch, shape.section_heads);
-    return head_after_head(index, num_blocks, num_heads);
+    const int num_blocks = ceil_divide(shape.seqlen_k, kBlockN);
+    if constexpr (Config::window_right)
+      return longest_first(index, num_blocks, num_heads(shape), shape.batch, shape.section_heads);
+    return head_after_head(index, num_blocks, num_heads(shape));
   }
+  // Heads that have tiles of their own, and query heads of such a tile.
+  DEVICE static int num_heads(const Shape& shape) { return kSplitGroups ? shape.num_heads : shape.num_kv_heads; }
+  DEVICE static int heads_of_tile(const Shape& shape) { return kSplitGroups ? 1 : shape.group_size; }
 
   DEVICE static int kv_head_of(const Shape& shape, const TileIndex& at) {
     return kSplitGroups ? at.head / shape.group_size : at.head;

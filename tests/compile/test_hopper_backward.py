@@ -26,7 +26,7 @@ FUSED = [row for row in BACKWARD if not row.split]  # a row each of both sizes o
 SHORT, LONG = 4096, 32768  # where the first key block stores, and where all add to zeros
 RECORDED_WITH = (13, 0)  # NVRTC
 EXPONENTIALS_BEFORE_WAIT = {
-    64: {True: (46, 46, 46, 46), False: (46, 45, 45, None)},
+    64: {True: (46, 46, 46, 46), False: (46, 46, 45, None)},
     128: {True: (24, 27, 24, 27), False: (24, 27, 24, None)},
 }
 REGISTERS = 168  # a thread, before they change hands: all that 65536 allow three warpgroups
@@ -219,32 +219,35 @@ def test_dq_is_added_in_bulk(plain):
 
 HELPERS = [
     pytest.param(
-        *(row, entry, features, dtype),
-        id=f"{entry}-{row.head_dim}-{'+'.join(features) or 'plain'}-{dtype}",
+        *(row, features, dtype),
+        id=f"{row.head_dim}-{'+'.join(features) or 'plain'}-{dtype}",
         marks=[] if dtype == "bfloat16" else pytest.mark.slow,
     )
     for row in FUSED
-    for entry in ("backward_prepare", "backward_finish")
     for features in (matrix.PLAIN, ("window_left",))
     for dtype in ("bfloat16", "float16")
-    if entry == "backward_prepare" or not features  # which its other forms depend on
 ]
 
 
-@pytest.mark.parametrize(("row", "entry", "features", "dtype"), HELPERS)
-def test_kernels_around_it_know_its_accumulator(row, entry, features, dtype, tmp_path):
-    """They are compiled for the warpgroups' order of dq; a thread clears, if at all, and reads 16 bytes at a time."""
+@pytest.mark.parametrize(("row", "features", "dtype"), HELPERS)
+def test_preparation_knows_the_accumulator(row, features, dtype, tmp_path):
+    """A thread clears, if at all, 16 bytes at a time."""
     for seqlen in (SHORT, LONG):
-        kernel = kernels(row, features, dtype, seqlen=seqlen)[entry]
-        assert ("warpgroups", "bool", True) in kernel.step.spec.config
+        kernel = kernels(row, features, dtype, seqlen=seqlen)["backward_prepare"]
+        assert ("converts_dq", "bool", True) in kernel.step.spec.config
         report = checked(kernel)
         sass = disassemble(report.cubin, tmp_path)
         pieces = row.block_m * row.head_dim // kernel.step.threads // 4
-        if entry == "backward_prepare":
-            assert len(re.findall(r"STG\.E\.128", sass)) == (pieces if seqlen == LONG else 0)
-        else:
-            assert len(re.findall(r"LDG\.E\.128", sass)) == pieces
+        assert len(re.findall(r"STG\.E\.128", sass)) == (pieces if seqlen == LONG else 0)
         assert "HGMMA" not in sass
+
+
+def test_sums_of_dq_are_read_by_16_bytes_and_leave_by_8(plain):
+    """Two loads of the warp that converts beside the products, eight of those that do when nothing else is left."""
+    _, sass = plain
+    assert len(re.findall(r"LDG\.E\.128", sass)) == 2 + 8
+    assert len(re.findall(r"STG\.E\.64", sass)) >= 2 + 8
+    assert "STL" not in sass
 
 
 def test_sinks_are_no_matter_to_the_main_kernel():

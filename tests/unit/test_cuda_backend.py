@@ -145,8 +145,9 @@ def test_explain_describes_both_passes_and_knows_loaded_kernels(driver):  # noqa
     assert "168 registers" in cuda_backend.explain(problem, 0)
 
 
-@pytest.mark.parametrize("kernels", ["sm80", "sm90"])
-@pytest.mark.parametrize(("backward", "number"), [(False, 1), (True, 4)])
+@pytest.mark.parametrize(
+    ("backward", "number", "kernels"), [(False, 1, "sm80"), (False, 1, "sm90"), (True, 4, "sm80"), (True, 3, "sm90")]
+)
 def test_warmup_loads_what_the_passes_launch(driver, backward, number, kernels):  # noqa: F811
     views = backward_views()
     problem = problem_of(views, kernels=kernels)

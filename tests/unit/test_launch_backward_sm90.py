@@ -62,12 +62,12 @@ def maps_of(launched) -> dict[str, tuple[int, int]]:
 def test_main_kernel_takes_the_whole_struct_and_the_others_its_common_part(driver):  # noqa: F811
     extra = {"sinks": array(HEADS, dtype="float32"), "dsinks": array(HEADS, dtype="float32")}
     plan, launched = launched_by(driver, views_of(**extra))
-    assert list(launched) == ["backward_prepare", "backward_sm90", "backward_finish", "backward_sinks"]
+    assert list(launched) == ["backward_prepare", "backward_sm90", "backward_sinks"]
     assert launch.BACKWARD_SM90_PARAMS.fields["common"][1] == COMMON_OFFSET
     whole = launched["backward_sm90"].parameters
     assert len(whole) == launch.BACKWARD_SM90_PARAMS.itemsize
     common = whole[COMMON_OFFSET : COMMON_OFFSET + launch.BACKWARD_PARAMS.itemsize]
-    for entry in ("backward_prepare", "backward_finish", "backward_sinks"):
+    for entry in ("backward_prepare", "backward_sinks"):
         assert launched[entry].parameters == common, entry
     assert set(whole[COMMON_OFFSET + len(common) :]) <= {0}
 
@@ -131,7 +131,8 @@ def test_workspace_is_parted_without_overlap(driver):  # noqa: F811
     launch_on(prepared, views_of(), WORKSPACE)
     params = common_of(driver.launched[0])
     parts = sorted((int(params[name]), 4 * math.prod(shape)) for name, (shape, _) in plan.workspace.items())
-    assert [name for name in ("row_lse", "row_delta", "dq_accum", "dq_turn") if params[name]] == list(plan.workspace)
+    names = ("row_lse", "row_delta", "dq_accum", "dq_done", "dq_turn")
+    assert [name for name in names if params[name]] == list(plan.workspace)
     ends = [start for start, _ in parts[1:]] + [WORKSPACE + 4 * prepared.workspace_floats]
     assert parts[0][0] == WORKSPACE
     for (start, size), end in zip(parts, ends, strict=True):
@@ -152,7 +153,8 @@ def test_moved_arrays_get_new_maps_and_what_stayed_keeps_its_own(driver):  # noq
         moved = replace(views["dout"], pointer=views["dout"].pointer + shift)
         launch_on(prepared, views | {"dout": moved}, WORKSPACE)
         main = next(one for one in reversed(driver.launched) if one.entry == "backward_sm90")
-        assert maps_of(main)["dout"][0] == common_of(driver.launched[-1])["dout"]["data"] == moved.pointer
+        prepare = next(one for one in reversed(driver.launched) if one.entry == "backward_prepare")
+        assert maps_of(main)["dout"][0] == common_of(prepare)["dout"]["data"] == moved.pointer
     assert len(driver.encoded) == len(MAPS) + 1
 
 
@@ -170,7 +172,7 @@ def test_strided_gradients_are_addressed_by_their_strides(driver, monkeypatch): 
     _, launched = launched_by(driver, views)
     assert encoded[views["dout"].pointer] == ([64, SEQLEN_Q, HEADS, BATCH], [128, SEQLEN_Q * 128, 2 * strides[0]])
     assert encoded[views["dk"].pointer][0] == [64, SEQLEN_K, KV_HEADS, BATCH]
-    assert common_of(launched["backward_finish"])["dout"].item()[1:] == strides[:3]
+    assert common_of(launched["backward_prepare"])["dout"].item()[1:] == strides[:3]
 
 
 def test_each_of_two_kernels_finds_its_own_maps(driver):  # noqa: F811

@@ -72,11 +72,11 @@ def test_every_head_dim_up_to_128_has_steps_that_fit(head_dim):
         wide = max(head_dim, head_dim_v) > 64
         columns, block_m = (128, 64) if wide else (64, 128)
         blocks = -(-1000 // block_m)
-        prepare, main, finish = plan.steps
-        assert entries(plan) == ["backward_prepare", "backward_sm90", "backward_finish"]
-        assert [step.grid for step in plan.steps] == [blocks * HEADS * BATCH, 8 * HEADS * BATCH, blocks * HEADS * BATCH]
-        assert [step.threads for step in plan.steps] == [256, 384, 256]
-        assert (prepare.shared_bytes, finish.shared_bytes) == (0, 2 * block_m * columns)
+        prepare, main = plan.steps
+        assert entries(plan) == ["backward_prepare", "backward_sm90"]
+        assert [step.grid for step in plan.steps] == [blocks * HEADS * BATCH, 8 * HEADS * BATCH]
+        assert [step.threads for step in plan.steps] == [256, 384]
+        assert prepare.shared_bytes == 0
         assert {step.min_blocks for step in plan.steps} == {1}
         assert config_of(main)["head_dim"] == config_of(main)["head_dim_v"] == columns
         assert config_of(main)["block_m"] == block_m
@@ -107,6 +107,7 @@ def test_workspace(head_dim, seqlen_q, padded):
         "row_lse": (rows, "float32"),
         "row_delta": (rows, "float32"),
         "dq_accum": ((*rows, head_dim), "float32"),
+        "dq_done": ((1 + BATCH * HEADS,), "int32"),
         "dq_turn": ((*rows[:2], padded // plan.tile.block_m), "int32"),
     }
 
@@ -139,10 +140,10 @@ def test_first_key_block_stores_where_tiles_are_short(keywords, first_stores):
 def test_key_blocks_serve_the_query_heads_of_a_group(kv_heads, seqlen_k, key_blocks):
     """A block takes 128 keys of one key/value head, whatever the number of query heads."""
     plan = plan_backward(problem_of(128, 128, seqlen_k=seqlen_k, kv_heads=kv_heads), HOPPER)
-    prepare, main, finish = plan.steps
+    prepare, main = plan.steps
     assert plan.key_tiles == key_blocks * kv_heads * BATCH
     assert main.grid == min(plan.key_tiles, HOPPER.sm_count)
-    assert prepare.grid == finish.grid == 16 * HEADS * BATCH
+    assert prepare.grid == 16 * HEADS * BATCH
 
 
 @pytest.mark.parametrize(
@@ -160,13 +161,13 @@ def test_long_groups_are_split_where_tiles_differ_in_length(seqlen_q, kv_heads, 
     problem = problem_of(128, 96, seqlen_q=seqlen_q, seqlen_k=1000, kv_heads=kv_heads, **mask)
     plan = plan_backward(problem, HOPPER)
     assert plan.split_groups is splits
-    assert entries(plan)[3:] == ["backward_finish_groups"] * splits
+    assert entries(plan)[2:] == ["backward_finish_groups"] * splits
     assert config_of(plan.steps[0])["split_groups"] is config_of(plan.steps[1])["split_groups"] is splits
     heads = HEADS if splits else kv_heads
     assert plan.key_tiles == 8 * heads * BATCH
     assert plan.workspace.get("dkv_accum") == (((BATCH, kv_heads, 1024, 256), "float32") if splits else None)
     if splits:
-        assert plan.steps[3].grid == 8 * kv_heads * BATCH
+        assert plan.steps[2].grid == 8 * kv_heads * BATCH
         assert "a tile takes one query head" in plan.explain()
 
 
@@ -180,19 +181,19 @@ def test_rows_without_registers_split_no_groups():
 def test_sinks_take_a_step_of_their_own():
     plan = plan_backward(problem_of(operands=SINKS), HOPPER)
     *_, sinks = plan.steps
-    assert entries(plan) == ["backward_prepare", "backward_sm90", "backward_finish", "backward_sinks"]
+    assert entries(plan) == ["backward_prepare", "backward_sm90", "backward_sinks"]
     assert (sinks.grid, sinks.threads, sinks.shared_bytes) == (HEADS, 256, 32)
-    assert plan.steps[:3] == plan_backward(problem_of(), HOPPER).steps
+    assert plan.steps[:2] == plan_backward(problem_of(), HOPPER).steps
 
 
 def test_only_the_main_kernel_is_hopper_code():
-    """The others use nothing that a portable kernel lacks, but know in which order the accumulator is."""
-    prepare, main, finish, sinks = plan_backward(problem_of(operands=SINKS), HOPPER).steps
+    """The others use nothing that a portable kernel lacks; the preparation clears what counts the tiles of dq."""
+    prepare, main, sinks = plan_backward(problem_of(operands=SINKS), HOPPER).steps
     assert main.spec.arch == "sm_90a"
-    assert {step.spec.arch for step in (prepare, finish, sinks)} == {"sm_90"}
-    assert config_of(prepare)["warpgroups"] is config_of(finish)["warpgroups"] is True
+    assert {step.spec.arch for step in (prepare, sinks)} == {"sm_90"}
+    assert config_of(prepare)["converts_dq"] is True
     portable = plan_backward(problem_of(kernels="sm80"), HOPPER)
-    assert [config_of(step)["warpgroups"] for step in portable.steps] == [False] * 3
+    assert [config_of(step).get("converts_dq") for step in portable.steps] == [False, None, None]
 
 
 @pytest.mark.parametrize("row", FUSED, ids=lambda row: str(row.head_dim))
@@ -200,8 +201,7 @@ def test_all_steps_agree_about_the_accumulator(row):
     steps = plan_backward(problem_of(row.head_dim - 24, row.head_dim - 8), HOPPER).steps
     for name, value in {"head_dim": row.head_dim, "block_m": row.block_m}.items():
         assert {config_of(step)[name] for step in steps} == {value}
-    assert {config_of(step)["num_warps"] for step in (steps[0], steps[2])} == {8}
-    assert config_of(steps[0])["block_n"] == 128
+    assert (config_of(steps[0])["num_warps"], config_of(steps[0])["block_n"]) == (8, 128)
 
 
 FLAGS = ("window_left", "window_right", "scale_first", "softcap", "alibi", "dropout", "used_queries", "used_keys")
@@ -240,11 +240,10 @@ def test_values_and_sizes_are_not_compiled_in():
     assert len({plan_backward(problem, HOPPER).steps[1].spec for problem in problems}) == 1
 
 
-def test_rows_are_read_and_written_by_16_bytes():
+def test_rows_are_read_by_16_bytes():
     """Every array that the Hopper backward runs has rows of whole 16 bytes."""
     for problem in (problem_of(), problem_of(72, 8), problem_of(8, 120)):
-        prepare, _, finish = plan_backward(problem, HOPPER).steps
-        assert (config_of(prepare)["load_bytes"], config_of(finish)["store_bytes"]) == (16, 16)
+        assert config_of(plan_backward(problem, HOPPER).steps[0])["load_bytes"] == 16
 
 
 ALIGNMENT = "address or strides are not multiples of 16 bytes"
@@ -371,8 +370,8 @@ def test_floor_counts_five_products_and_the_workspace():
     assert plan.flops == 2.5 * plan_forward(problem, HOPPER).flops
     rows = BATCH * HEADS * 1024
     operands = 2 * 4 * 2 * math.prod((BATCH, 1000, HEADS, 128))
-    turns = BATCH * HEADS * 16
-    assert plan.bytes == operands + 4 * BATCH * HEADS * 1000 + 2 * 4 * (rows * 128 + 2 * rows + turns)
+    counts = BATCH * HEADS * 16 + (1 + BATCH * HEADS)  # blocks that are begun, tiles that are done
+    assert plan.bytes == operands + 4 * BATCH * HEADS * 1000 + 2 * 4 * (rows * 128 + 2 * rows + counts)
 
 
 def test_plans_are_values():

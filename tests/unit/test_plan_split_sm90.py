@@ -75,7 +75,7 @@ def test_kernel_of_dk_and_dv_leaves_dq_alone():
     alone = plan_backward(problem_of(deterministic=True), HOPPER).steps
     together = plan_backward(problem_of(), HOPPER).steps
     assert [config_of(step).get("with_dq") for step in alone] == [False, None, False]
-    assert [config_of(step).get("with_dq") for step in together] == [True, True, None]
+    assert [config_of(step).get("with_dq") for step in together] == [True, True]
     assert alone[2].shared_bytes < together[1].shared_bytes
 
 

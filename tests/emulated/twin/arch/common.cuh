@@ -205,6 +205,11 @@ DEVICE void load_global(uint32 (&words)[kBytes == 2 ? 1 : kBytes / 4], const voi
 DEVICE void store_global(void* global, const uint32 (&words)[4], Where where = {}) {
   twin::write_global(global, words, sizeof words, where);
 }
+DEVICE void store_global(void* global, uint32 low, uint32 high, Where where = {}) {
+  const uint32 words[2] = {low, high};
+  twin::write_global(global, words, sizeof words, where);
+}
+DEVICE void prefetch_line(const void* global) {}
 DEVICE void reduce_add(float* address, float value, Where where = {}) {
   float sum;
   twin::read_global(address, &sum, sizeof sum, where);
