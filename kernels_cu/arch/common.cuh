@@ -224,6 +224,15 @@ DEVICE void wait_for_turn(const int* turn, int expected) {
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
   } while (seen != expected);
 }
+// The same for whoever waits long: a look every two microseconds, so that many who look leave memory to those who work.
+DEVICE void wait_long_for_turn(const int* turn, int expected) {
+  for (;;) {
+    int seen;
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
+    if (seen == expected) return;
+    __nanosleep(2000);
+  }
+}
 // Publishes every earlier write of this thread and hands the turn on.
 DEVICE void pass_turn(int* turn, int next) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(turn), "r"(next) : "memory");

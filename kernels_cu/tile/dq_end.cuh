@@ -44,7 +44,7 @@ struct DqEnd {
       if (batch >= static_cast<uint32>(shape.batch)) break;
       const uint32 pair_of_tiles = pair / static_cast<uint32>(Work::heads_of_tile(shape));
       const int tiles = static_cast<uint32>(shape.seqlen_k + Work::kKeys - 1) / Work::kKeys;
-      if (leader) arch::wait_for_turn(tiles_done(params) + pair_of_tiles, tiles);
+      if (leader) arch::wait_long_for_turn(tiles_done(params) + pair_of_tiles, tiles);
       arch::warp_barrier();
       convert_half<kAtOnce>(params, taken, pair % num_heads, batch, taken / kHalves % blocks);
     }
