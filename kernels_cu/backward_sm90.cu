@@ -172,7 +172,7 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
       arch::named_barrier_arrive(kDqEmptyBarrier + 1, kDqThreads);
       if (leader) start.announce();
     }
-    if (leader) DqEnd::tile_is_done(params, index);
+    if (leader) DqEnd::tile_is_done(params, work);
     arch::warp_barrier();  // the other lanes wait here, and not in the next pop, where they would poll against the leader
   }
 }

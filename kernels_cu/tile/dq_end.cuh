@@ -22,12 +22,12 @@ struct DqEnd {
   static_assert(kHalves == 2, "of two warpgroups");
 
   // One thread, once it has added everything that a tile has for dq.
-  static DEVICE void tile_is_done(const BackwardParams& params, int index) {
-    const TileIndex at = Work::tile_of(params.shape, index);
+  static DEVICE void tile_is_done(const BackwardParams& params, const Work& work) {
     arch::copy_to_global_wait();
     arch::fence_async_proxy_global();
     arch::memory_fence();
-    arch::fetch_add(tiles_done(params) + at.batch * Work::num_heads(params.shape) + at.head, 1);
+    const uint32 first_pair = work.batch * params.shape.num_heads + work.first_head;
+    arch::fetch_add(tiles_done(params) + first_pair / static_cast<uint32>(Work::heads_of_tile(params.shape)), 1);
   }
 
   // A warp: converts query blocks until none is left, with kAtOnce loads of each lane under way.
