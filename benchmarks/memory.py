@@ -121,14 +121,12 @@ def million(seqlen: int, console: Console) -> list[dict]:
     """Forward and backward at a million tokens, sampled rows and keys checked against float64."""
     import cupy
 
-    from cuflash import attention, attention_backward
+    from cuflash import attention, attention_backward, warmup
 
     cell = million_cell(seqlen)
     arrays = random_inputs(cell, cupy)
     q, k, v, dout = (arrays[name] for name in ("q", "k", "v", "dout"))
-    small = {name: array[:, :256] for name, array in arrays.items()}
-    warm_out, warm_lse = attention(small["q"], small["k"], small["v"], causal=True, return_lse=True)
-    attention_backward(small["dout"], small["q"], small["k"], small["v"], warm_out, warm_lse, causal=True)
+    warmup(q, k, v, causal=True)  # a shorter call would have other kernels
 
     results: dict = {}
 

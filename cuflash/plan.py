@@ -182,7 +182,7 @@ CONFIG_FIELDS = {
     ),
     "backward_prepare": (
         *(*_DQ_TILE, "head_dim_v", "block_n", "load_bytes", "window_left", "deterministic"),
-        *("with_dq", "converts_dq", "first_stores", "split_groups"),
+        *("with_dq", "first_stores", "split_groups"),
     ),
     "backward_sm80": (*_SIZES, *_WIDTHS, *_SCORES, "split_d", "deterministic"),
     "backward_sm90": (

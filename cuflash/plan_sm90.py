@@ -144,7 +144,6 @@ def plan_backward_sm90(problem: Problem, device: DeviceInfo) -> Plan:
         "block_n": ("int", tile.block_n),
         "num_warps": ("int", tile.num_warps),
         "load_bytes": ("int", load_bytes(problem, "backward")),
-        "converts_dq": ("bool", dq_tile is None),
         "deterministic": ("bool", False),  # no kernel of these needs to be told
         "with_dq": ("bool", not tile.split),
         "first_stores": ("bool", first_stores),

@@ -140,7 +140,6 @@ def _config(problem: Problem, tile: TileRow) -> Config:
         "load_bytes": ("int", load_bytes(problem, tile.pass_)),
         "store_bytes": ("int", store_bytes(problem, tile.pass_)),
         "split_d": ("int", tile.split_d),
-        "converts_dq": ("bool", False),
         "first_stores": ("bool", False),
         "split_groups": ("bool", False),
         "deterministic": ("bool", problem.deterministic),

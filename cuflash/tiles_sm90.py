@@ -149,7 +149,7 @@ class BackwardRow:
     entry = "backward_sm90"
     num_consumers = 2
     block_n = WARPGROUP_ROWS * num_consumers
-    num_warps = 4 * num_consumers  # of the preparation and the conversion of dq, which share the order of registers
+    num_warps = 4 * num_consumers  # of the preparation and of the conversion of dk and dv of groups
     threads = WARPGROUP_THREADS * (num_consumers + 1)
 
     def columns(self, head_dim: int) -> int:

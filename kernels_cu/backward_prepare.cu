@@ -103,9 +103,9 @@ KERNEL(kThreads, 1) backward_prepare(GRID_CONSTANT BackwardParams params) {
     }
   }
 
-  if constexpr (Config::converts_dq) {
-    if (arch::thread_index() == 0 && m_block == 0) params.dq_done[1 + batch * shape.num_heads + head] = 0;
-    if (arch::thread_index() == 0 && arch::block_index() == 0) *params.dq_done = 0;
+  if (params.dq_done != nullptr && arch::thread_index() == 0 && m_block == 0) {
+    tile::tiles_done(params)[batch * shape.num_heads + head] = 0;
+    if (arch::block_index() == 0) *tile::parts_taken(params) = 0;
   }
   if constexpr (Config::with_dq && Config::deterministic) {
     if (arch::thread_index() == 0) {

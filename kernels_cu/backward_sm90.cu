@@ -1,8 +1,8 @@
 // Backward attention on Hopper (sm_90a): persistent CTAs. A tile is 128 keys of one key/value head: its dk and dv, and its part of dq
 // of every query block that sees them; with Config::split_groups, what one query head of the group gives to these. A producer warp
 // copies q and dout by tensor map, two consumer warpgroups of 64 keys each multiply with wgmma, and a store warp adds their parts of dq
-// to the float32 accumulator in global memory. Without Config::with_dq another kernel computes dq; then the warpgroups have nothing to
-// tell each other.
+// to the float32 accumulator in global memory. One more warp, and at the end the consumers, convert what is complete. Without
+// Config::with_dq another kernel computes dq; then the warpgroups have nothing to tell each other.
 //
 // Shared memory:  k [128][head_dim]  v [128][head_dim_v]
 //              |  2 x q [block_m][head_dim]  |  2 x dout [block_m][head_dim_v]
@@ -439,7 +439,7 @@ DEVICE void consume(const BackwardSm90Params& params, const Shared& shared, int 
     if (index >= params.common.num_tiles) break;
     use = consume_tile(params, shared, consumer, index, round, use);
   }
-  if constexpr (Config::with_dq) DqEnd::convert<8>(params.common);
+  if constexpr (Config::with_dq) DqEnd::convert<4>(params.common);
   if (arch::thread_index() % arch::kWarpgroupSize == 0) arch::copy_to_global_wait_read();
 }
 

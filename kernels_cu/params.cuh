@@ -79,7 +79,7 @@ struct BackwardParams {
   float* dsinks;      // (num_heads,), or null
   int* dq_turn;       // (batch, num_heads, num_m_blocks): whose turn it is to add to a dq tile, where Config::deterministic; where
                       // Config::first_stores, 1 once its first key block has stored its part
-  int* dq_done;       // on Hopper: query blocks whose conversion has been taken, then (batch, heads of tiles) finished tiles
+  int* dq_done;       // (1 + batch * num_heads,), or null: see tile/gradient.cuh
   int* tile_counter;  // zero before and after every launch: see tile/pipeline.cuh; persistent kernels only
   int padded_seqlen_q;
   int padded_seqlen_k;
@@ -89,7 +89,7 @@ struct BackwardParams {
   DropoutKey dropout;
 };
 
-// The preparation and the conversion of dq take the `common` part alone.
+// The preparation takes the `common` part alone, as do the steps behind the main kernel.
 struct BackwardSm90Params {
   TensorMap q, k, v, dout, dk, dv;
   BackwardParams common;

@@ -218,19 +218,14 @@ DEVICE void reduce_add(float* address, float value) {
 }
 DEVICE int fetch_add(int* address, int value) { return atomicAdd(address, value); }
 // Waits until *turn is `expected`, then orders every later access of this thread behind the writes that the previous owner published.
+// Whoever waits long sleeps between looks, so that many who look leave memory to those who work.
+template <int kNapNanoseconds = 0>
 DEVICE void wait_for_turn(const int* turn, int expected) {
-  int seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
-  } while (seen != expected);
-}
-// The same for whoever waits long: a look every two microseconds, so that many who look leave memory to those who work.
-DEVICE void wait_long_for_turn(const int* turn, int expected) {
   for (;;) {
     int seen;
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
     if (seen == expected) return;
-    __nanosleep(2000);
+    if constexpr (kNapNanoseconds > 0) __nanosleep(kNapNanoseconds);
   }
 }
 // Publishes every earlier write of this thread and hands the turn on.

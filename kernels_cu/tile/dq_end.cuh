@@ -20,6 +20,8 @@ struct DqEnd {
   static constexpr int kSteps = kColumns / kStepColumns;  // of a warp's rows
   static constexpr int kLineFloats = 32;  // of a cache line
   static_assert(kHalves == 2, "of two warpgroups");
+  // 132 warps that look without a pause at one count cost 3 to 6 % of long sequences.
+  static constexpr int kNapNanoseconds = 2000;
 
   // One thread, once it has added everything that a tile has for dq.
   static DEVICE void tile_is_done(const BackwardParams& params, const Work& work) {
@@ -38,28 +40,25 @@ struct DqEnd {
 #pragma unroll 1
     for (;;) {
       // Unsigned: divisions by what is not known take fewer registers.
-      const uint32 taken = arch::broadcast(leader ? arch::fetch_add(params.dq_done, 1) : 0);
+      const uint32 taken = arch::broadcast(leader ? arch::fetch_add(parts_taken(params), 1) : 0);
       const uint32 blocks = static_cast<uint32>(params.padded_seqlen_q) / Config::block_m, pair = taken / kHalves / blocks;
       const uint32 num_heads = shape.num_heads, batch = pair / num_heads;
       if (batch >= static_cast<uint32>(shape.batch)) break;
       const uint32 pair_of_tiles = pair / static_cast<uint32>(Work::heads_of_tile(shape));
       const int tiles = static_cast<uint32>(shape.seqlen_k + Work::kKeys - 1) / Work::kKeys;
-      if (leader) arch::wait_long_for_turn(tiles_done(params) + pair_of_tiles, tiles);
+      if (leader) arch::wait_for_turn<kNapNanoseconds>(tiles_done(params) + pair_of_tiles, tiles);
       arch::warp_barrier();
       convert_half<kAtOnce>(params, taken, pair % num_heads, batch, taken / kHalves % blocks);
     }
   }
 
  private:
-  // Behind the number of blocks that have been taken.
-  static DEVICE int* tiles_done(const BackwardParams& params) { return params.dq_done + 1; }
-
   template <int kAtOnce>
   static DEVICE void convert_half(const BackwardParams& params, uint32 taken, int head, int batch, int m_block) {
     using Element = typename Config::Element;
     bool begun = true;  // no key block has stored anything for queries that see no key
     if constexpr (Config::first_stores) begun = *turn_of<Config>(params, batch, head, m_block) != 0;
-    if constexpr (kAtOnce == 2) {
+    if constexpr (kAtOnce < kSteps) {  // else everything is under way anyhow
       const float* lines = params.dq_accum + static_cast<int64>(taken) * kHalfFloats + arch::lane_index() * kLineFloats;
 #pragma unroll
       for (int i = 0; i < kHalfFloats / (kWarpSize * kLineFloats); ++i) arch::prefetch_line(lines + i * (kWarpSize * kLineFloats));

@@ -1,5 +1,6 @@
 // How the CTAs of the backward share the gradient of q: each adds its part of a tile to a float32 accumulator, which lies in
-// the order of the threads' registers, so that a warp adds 128 consecutive bytes. backward_finish.cu puts it in order again.
+// the order of the threads' registers, so that a warp adds 128 consecutive bytes. backward_finish.cu puts it in order again, on Hopper
+// tile/dq_end.cuh.
 #pragma once
 
 #include "tile/fragment.cuh"
@@ -14,6 +15,10 @@ DEVICE int* turn_of(const BackwardParams& params, int batch, int head, int m_blo
   const int64 pair = static_cast<int64>(batch) * params.shape.num_heads + head;
   return params.dq_turn + pair * (params.padded_seqlen_q / Config::block_m) + m_block;
 }
+
+// Counts of Hopper's conversion of dq: the parts that have been taken, then for each (batch, head) pair of tiles how many are done.
+DEVICE int* parts_taken(const BackwardParams& params) { return params.dq_done; }
+DEVICE int* tiles_done(const BackwardParams& params) { return params.dq_done + 1; }
 
 // Per-query values of the thread's elements of a slab with queries as columns: all loaded ahead of their use, or each at its use.
 template <int kSize, bool kAhead>

@@ -268,7 +268,7 @@ BACKWARD_BUGS = [
     backward_bug("a tile said to be done before its dq is written", error=WrongAnswer, case=MANY_TILES,
         before="const Work& work) {\n    arch::copy_to_global_wait();\n", after="const Work& work) {\n"),
     backward_bug("dq converted before its tiles are done", error=WrongAnswer,
-        before="if (leader) arch::wait_long_for_turn(tiles_done(params) + pair_of_tiles, tiles);", after=""),
+        before="if (leader) arch::wait_for_turn<kNapNanoseconds>(tiles_done(params) + pair_of_tiles, tiles);", after=""),
     backward_bug("neighbours keep what they should exchange", error=WrongAnswer,
         before="arch::shuffle_xor(is_odd ? pairs[0] : pairs[1], 1)",
         after="arch::shuffle_xor(is_odd ? pairs[1] : pairs[0], 1)"),

@@ -187,13 +187,12 @@ def test_sinks_take_a_step_of_their_own():
 
 
 def test_only_the_main_kernel_is_hopper_code():
-    """The others use nothing that a portable kernel lacks; the preparation clears what counts the tiles of dq."""
+    """The others use nothing that a portable kernel lacks, and count no tiles of dq without being told."""
     prepare, main, sinks = plan_backward(problem_of(operands=SINKS), HOPPER).steps
     assert main.spec.arch == "sm_90a"
     assert {step.spec.arch for step in (prepare, sinks)} == {"sm_90"}
-    assert config_of(prepare)["converts_dq"] is True
-    portable = plan_backward(problem_of(kernels="sm80"), HOPPER)
-    assert [config_of(step).get("converts_dq") for step in portable.steps] == [False, None, None]
+    for others in ({"kernels": "sm80"}, {"deterministic": True}):
+        assert "dq_done" not in plan_backward(problem_of(**others), HOPPER).workspace
 
 
 @pytest.mark.parametrize("row", FUSED, ids=lambda row: str(row.head_dim))

@@ -223,8 +223,8 @@ DEVICE int fetch_add(int* address, int value, Where where = {}) {
   twin::write_global(address, &sum, sizeof sum, where);
   return old;
 }
-DEVICE void wait_for_turn(const int* turn, int expected, Where where = {}) { twin::wait_until_equal(turn, expected, where); }
-DEVICE void wait_long_for_turn(const int* turn, int expected, Where where = {}) {
+template <int kNapNanoseconds = 0>
+DEVICE void wait_for_turn(const int* turn, int expected, Where where = {}) {
   twin::wait_until_equal(turn, expected, where);
 }
 DEVICE void pass_turn(int* turn, int next, Where where = {}) { twin::write_global(turn, &next, sizeof next, where); }
