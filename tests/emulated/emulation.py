@@ -172,6 +172,7 @@ def _run(
     ):
         prepared = launch.Launch(plan, device_index=0)
         workspace = memory.empty((prepared.workspace_floats,), np.float32)
+        workspace.fill(np.nan)  # as a count a large number, where POISON would be one less than the zero it should be
         driver.memory = Memory(list(inputs.values()), [*results.values(), workspace, counter])
         views = {name: view_of(array) for name, array in (*inputs.items(), *results.items())}
         pointers = {name: view.pointer for name, view in views.items()}

@@ -270,6 +270,8 @@ BACKWARD_BUGS = [
     backward_bug("dq converted before its tiles are done", error=WrongAnswer,
         before="if (leader) arch::wait_for_turn<kNapNanoseconds>(tiles_done(params) + pair_of_tiles, tiles);",
         after=""),
+    backward_bug("parts of dq counted from what was there", entry="backward_prepare", error=WrongAnswer,
+        before="if (arch::block_index() == 0) *tile::parts_taken(params) = 0;", after=""),
     backward_bug("neighbours keep what they should exchange", error=WrongAnswer,
         before="arch::shuffle_xor(is_odd ? pairs[0] : pairs[1], 1)",
         after="arch::shuffle_xor(is_odd ? pairs[1] : pairs[0], 1)"),
