@@ -179,7 +179,7 @@ DEVICE void store_dq(const BackwardParams& params, const Shared& shared) {
 
 constexpr int kSize = kBlockM / 2;  // scores of a thread
 // Under a mask that cuts to the right, 64 queries before the keys of the second warpgroup see none of them: it has no products of its
-// own there, only its half of dq, and none in the steps that follow.
+// own there, only its half of dq, and none in the steps that follow. At the other end of a window so does the first warpgroup.
 constexpr bool kBlind = Config::window_right && kBlockM == tile::kWarpgroupRows;
 // What softcap, dropout and ALiBi compute, and lengths to compare with, leave fewer registers: per-query values are then loaded late,
 // and scores become operands of the next products in parts, between which the branch of the mask keeps the compiler from mixing them.
@@ -293,7 +293,10 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, used, shape.seqlen_q,
                                                                   tile::AtOneBarrier<kConsumerThreads>{kClearBarrier});
     if constexpr (kBlind) {
-      if (query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key) {
+      const int diagonal = query + sequence.offset, group_first = first_key + group_key;
+      bool is_blind = diagonal + kBlockM - 1 + shape.window_right < group_first;
+      if constexpr (Config::window_left) is_blind |= group_first + tile::kWarpgroupRows <= diagonal - shape.window_left;
+      if (is_blind) {
         shared.q.wait_full(use);
         shared.dout.wait_full(use);
         arch::warp_barrier();  // no lane is left behind in a wait whose phase the leader lets pass
@@ -308,6 +311,7 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
           hand_over_dq(dq);
         }
         shared.q.release(use, arch::lane_index());
+        if constexpr (Config::window_left) decide_dropped(work.next(here));
         continue;
       }
     }

@@ -218,6 +218,7 @@ MANY_TILES = replace(HALVES, id="many-tiles", batch=4)
 SPLIT = {"case": replace(HALVES, id="split", num_heads=4, num_kv_heads=2), "row": (("split_groups_from", 1),)}
 CAPPED = replace(HALVES, id="capped", softcap=1.0)
 NO_KEYS = replace(HALVES, id="no-keys", seqlen_q=333, seqlen_k=100)
+WINDOW = replace(HALVES, id="window", causal=False, window_size=(70, 0))
 
 # Key padding that ends within a block; of queries in one that a warpgroup is blind for.
 PADDED_KEYS = Case("padded-keys", seqlen_q=203, seqlen_k=203, num_kv_heads=1, head_dim=128, seqused_k=(150,))
@@ -286,8 +287,13 @@ BACKWARD_BUGS = [
     backward_bug("keys given back while they are read", error=TwinError, message=OVERWRITTEN, case=MANY_TILES,
         before="arch::named_barrier_sync(kDsBarrier, kConsumerThreads);  // k and v", after="// k and v"),
     backward_bug("blind where keys are seen", error=WrongAnswer,
-        before="query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key",
-        after="query + sequence.offset + shape.window_right < first_key + group_key + kBlockM"),
+        before="is_blind = diagonal + kBlockM - 1 + shape.window_right < group_first;",
+        after="is_blind = diagonal + shape.window_right < group_first + kBlockM;"),
+    backward_bug("blind where a window begins", error=WrongAnswer, case=WINDOW,
+        before="group_first + tile::kWarpgroupRows <= diagonal - shape.window_left;",
+        after="group_first <= diagonal - shape.window_left;"),
+    backward_bug("a blind warpgroup decides no drops", error=WrongAnswer, case=replace(WINDOW, dropout_p=0.3),
+        before="if constexpr (Config::window_left) decide_dropped(work.next(here));", after=""),
     backward_bug("a blind warpgroup leaves its last dS", error=(TwinError, WrongAnswer),
         before="tile::store_operand_transposed<kBlockM>(shared.ds_stage(use), warp_key, no_ds);", after=""),
     backward_bug("cut scores not masked", error=WrongAnswer,
