@@ -33,14 +33,12 @@ def sources_of(bug: Bug | None = None, control: Bug | None = None) -> list[tuple
     return emulation.sources(plan)
 
 
-LARGE_TILES = ("backward_queries_sm90", "backward_keys_sm90")
+def cases(bugs: Iterable[Bug], name: Callable[[Bug], str]) -> list:
+    """Hopper's, a kernel each to compile and larger tiles to run, are slow together."""
+    return [pytest.param(bug, id=name(bug), marks=[pytest.mark.slow] * (bug.arch == "sm_90a")) for bug in bugs]
 
 
-def cases(bugs: Iterable[Bug], name: Callable[[Bug], str], *slow: str) -> list:
-    return [pytest.param(bug, id=name(bug), marks=pytest.mark.slow if bug.entry in slow else []) for bug in bugs]
-
-
-@pytest.mark.parametrize("bug", cases(BUGS, lambda bug: f"{bug.entry}-{bug.name}", *LARGE_TILES))
+@pytest.mark.parametrize("bug", cases(BUGS, lambda bug: f"{bug.entry}-{bug.name}"))
 def test_is_caught(bug: Bug) -> None:
     with pytest.raises(bug.error, match=bug.message or None):
         run(bug, planted=True)
@@ -50,7 +48,7 @@ def control_name(bug: Bug) -> str:
     return f"{bug.case.id}-{bug.entry}-{bug.tile}"
 
 
-@pytest.mark.parametrize("control", cases(CONTROLS.values(), control_name, *LARGE_TILES, "backward_sm90"))
+@pytest.mark.parametrize("control", cases(CONTROLS.values(), control_name))
 def test_the_same_runs_pass_without_the_bug(control: Bug) -> None:
     run(control, planted=False)
 
