@@ -241,7 +241,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--passes", default="fwd,bwd")
     parser.add_argument("--providers", default="all", help=f"all (on a GPU), or some of {', '.join(PROVIDERS)}")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--idle", type=float, default=0.1, help="seconds of rest before a burst")
+    parser.add_argument("--idle", type=float, default=0.1, help="least seconds of rest before a burst")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="begin nothing that would pass it")
     parser.add_argument("--gate-heads", type=int, default=4, help="key/value heads that the gate checks in each cell")
     parser.add_argument("--out", type=Path, default=record.RESULTS)

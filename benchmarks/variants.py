@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     parser.add_argument("--questions", default="*", help="a shell pattern on the names of open questions")
     parser.add_argument("--file", type=Path, default=QUESTIONS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--idle", type=float, default=0.1, help="seconds of rest before a burst")
+    parser.add_argument("--idle", type=float, default=0.1, help="least seconds of rest before a burst")
     parser.add_argument("--gate-heads", type=int, default=2, help="key/value heads that the gate checks in each cell")
     parser.add_argument("--list", action="store_true", help="only show the questions")
     parser.add_argument("--out", type=Path, default=record.RESULTS)

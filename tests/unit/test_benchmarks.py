@@ -103,14 +103,32 @@ class TestTiming:
     def test_order_is_reversed_every_other_round(self):
         log, slept = [], []
         jobs = [Job(name, lambda name=name: name, FakeClock(log)) for name in "abc"]
-        interleave(jobs, rounds=3, idle=0.1, sleep=slept.append)
+        interleave(jobs, rounds=3, idle=0.1, sleep=slept.append, now=lambda: 0.0)
         assert "".join(log) == "abccbaabc"
         assert slept == [0.1] * 9
 
+    def test_a_long_burst_is_followed_by_a_long_rest(self):
+        now, slept = [0.0], []
+
+        class SlowClock:
+            def burst(self, call):
+                now[0] += call()
+                return [1.0]
+
+        jobs = [Job(seconds, lambda seconds=seconds: seconds, SlowClock()) for seconds in (0.01, 0.3)]
+        interleave(jobs, rounds=2, idle=0.1, sleep=slept.append, now=lambda: now[0])
+        assert slept == [0.1, 0.1, pytest.approx(0.6), pytest.approx(0.6)]
+
     def test_no_round_begins_past_the_deadline(self):
-        log, times = [], iter((1.0, 5.0, 99.0))
-        jobs = [Job("a", lambda: "a", FakeClock(log))]
-        samples = interleave(jobs, rounds=9, deadline=6.0, sleep=lambda _: None, now=lambda: next(times))
+        log, now = [], [0.0]
+
+        def call():
+            now[0] += 2.5
+            return "a"
+
+        samples = interleave(
+            [Job("a", call, FakeClock(log))], rounds=9, deadline=6.0, sleep=lambda _: None, now=lambda: now[0]
+        )
         assert len(log) == 3
         assert samples["a"].bursts == 3
 
