@@ -293,9 +293,9 @@ DEVICE uint32 consume_tile(const BackwardSm90Params& params, const Shared& share
     tile::clear_absent_queries<Config, kBlockM, kConsumerThreads>(shared.q, shared.dout, use, query, used, shape.seqlen_q,
                                                                   tile::AtOneBarrier<kConsumerThreads>{kClearBarrier});
     if constexpr (kBlind) {
-      const int diagonal = query + sequence.offset, group_first = first_key + group_key;
-      bool is_blind = diagonal + kBlockM - 1 + shape.window_right < group_first;
-      if constexpr (Config::window_left) is_blind |= group_first + tile::kWarpgroupRows <= diagonal - shape.window_left;
+      bool is_blind = query + kBlockM - 1 + sequence.offset + shape.window_right < first_key + group_key;
+      if constexpr (Config::window_left)
+        is_blind |= first_key + group_key + tile::kWarpgroupRows <= query + sequence.offset - shape.window_left;
       if (is_blind) {
         shared.q.wait_full(use);
         shared.dout.wait_full(use);
